@@ -1,0 +1,57 @@
+"""Feature views: named, versioned sets of features, and the table of their values for a recording."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+
+
+class Feature(BaseModel):
+    """One feature of a view."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    unit: str
+    description: str
+    kind: Literal["number", "flag", "category"] = "number"
+    """category: an identity or a name that the transform ranks; number and flag: used as they are."""
+    harm: Literal[-1, 0, 1] = 0
+    """Direction of harm: 1 if higher is worse, -1 if lower is worse, 0 if neither is known."""
+    minimum_effect: float | None = None
+    """A flow may only be flagged if at least one of its features is at or above its minimum effect."""
+
+
+class ViewManifest(BaseModel):
+    """What a view is and where its values came from; travels with every model trained on it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: Literal["paper", "behaviour"]
+    version: str
+    features: tuple[Feature, ...]
+    warm_up_seconds: int
+    """Seconds at the start of a recording whose flows teach the baseline and are not scored."""
+    digest: str
+    """SHA-256 (hex) of the values and of the definition above."""
+    lineage: dict[str, str]
+    """Where the values came from: files with their digests, label rule versions, row counts."""
+    statistics: dict[str, dict[str, float]]
+    """Per numeric feature: count, mean, std, min, q01, q25, q50, q75, q99, max."""
+
+    @property
+    def names(self) -> list[str]:
+        return [feature.name for feature in self.features]
+
+
+@dataclass(frozen=True)
+class FeatureSet:
+    """The values of a view for some recordings."""
+
+    manifest: ViewManifest
+    rows: pd.DataFrame
+    """`flow` (int64, index into the flow table) and one column per feature of the view; one row per report in
+    arrival order (`behaviour`) or per flow (`paper`)."""
