@@ -1,6 +1,7 @@
 """Open-addressing hash tables of 64-bit keys for compiled code, and the hashes that make the keys.
 
-Keys are hashes of text or mixes of hashes: two of a million keys collide with a probability of 3e-8. 0 marks an empty slot.
+Keys are hashes of text or mixes of hashes: among a million keys, some two collide with a probability of 3e-8.
+0 marks an empty slot.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ def hash_text(texts: pd.Series) -> np.ndarray:
     if isinstance(texts.dtype, pd.CategoricalDtype):
         hashes = hash_text(pd.Series(texts.cat.categories.astype("string[pyarrow]")))
         with_missing = np.append(hashes, hash_text(pd.Series([""], dtype="string[pyarrow]")))
-        return cast(np.ndarray, with_missing[texts.cat.codes.to_numpy()])
+        return with_missing[texts.cat.codes.to_numpy()]
     if len(texts) == 0:
         return np.empty(0, np.uint64)
     array = pa.array(texts.fillna(""), type=pa.large_string())
@@ -63,17 +64,17 @@ def hash_text(texts: pd.Series) -> np.ndarray:
     _, offsets, data = array.buffers()
     starts = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
     content = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
-    return cast(np.ndarray, _hash_bytes(starts, content))
+    return _hash_bytes(starts, content)
 
 
 @compiled
 def find(keys: np.ndarray, key: np.uint64) -> int:
-    """Slot of `key`, or of the empty place where it belongs. The length of `keys` is a power of two, one slot is empty."""
+    """Slot of `key`, or the empty one where it belongs. `keys` has a power of two of slots, one at least is empty."""
     mask = np.uint64(len(keys) - 1)
     slot = key & mask
     while keys[slot] != np.uint64(0) and keys[slot] != key:
         slot = (slot + np.uint64(1)) & mask
-    return np.int64(slot)
+    return np.int64(slot)  # type: ignore[return-value]
 
 
 @compiled

@@ -78,7 +78,7 @@ class FlowMemory:
         self.keys, self.flows, self.used = keys, flows, int(keep.sum())
 
     def _seen_since(self, tick: int) -> np.ndarray:
-        return (self.keys != 0) & (self.flows[:, KEY_LAST] >= tick)
+        return np.asarray((self.keys != 0) & (self.flows[:, KEY_LAST] >= tick))
 
 
 @compiled
@@ -113,10 +113,15 @@ def _number(
     return len(ids), used, following
 
 
-def clock_ticks(times: pd.Series) -> np.ndarray:
-    """Tick (10 s since 1970) of the stream's clock at every report; event time that runs backwards is clamped."""
-    milliseconds = times.to_numpy("datetime64[ms]").astype(np.int64)
-    return np.maximum.accumulate(milliseconds) // 10_000
+def clock_milliseconds(times: pd.Series, clock: int = 0) -> np.ndarray:
+    """The stream's clock at every report, ms since 1970; event time that runs backwards is clamped.
+
+    Args:
+        times: when the reports were made, in arrival order.
+        clock: the clock before the first of them.
+    """
+    milliseconds = times.dt.tz_localize(None).to_numpy("datetime64[ms]").astype(np.int64)
+    return np.maximum(np.maximum.accumulate(milliseconds), clock)
 
 
 def identify(reports: pd.DataFrame) -> np.ndarray:
@@ -132,7 +137,7 @@ def identify(reports: pd.DataFrame) -> np.ndarray:
     following = 0
     for _, part in reports.groupby("recording", observed=True, sort=False):
         memory = FlowMemory()
-        ids, ticks = hash_text(part["flow_id"]), clock_ticks(part["time"])
+        ids, ticks = hash_text(part["flow_id"]), clock_milliseconds(part["time"]) // 10_000
         sizes, durations = part["bytes"].to_numpy(np.int64), part["duration"].to_numpy(np.int64)
         result = np.empty(len(part), np.int64)
         position = 0

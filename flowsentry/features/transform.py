@@ -1,0 +1,72 @@
+"""The fitted transform of a view: from its columns to the numbers that a model sees.
+
+Categories become their rank among the texts of the fitted rows. `paper` is then scaled to 0..1 (the study's min-max
+scaling); `behaviour`, whose features are counts and ratios that are never negative, is first brought to log2(1 + x).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict
+
+from flowsentry.features.views import Feature
+
+
+class Transform(BaseModel):
+    """Fitted on training rows only; everything that it learned is in these fields, as JSON."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    features: tuple[Feature, ...]
+    scale: Literal["linear", "log"]
+    ranks: dict[str, list[str]]
+    """Sorted texts of every category feature; an unknown text gets the place where it would stand."""
+    low: list[float]
+    high: list[float]
+
+    @classmethod
+    def fit(cls, rows: pd.DataFrame, features: tuple[Feature, ...], scale: Literal["linear", "log"]) -> Transform:
+        """Learn ranks, minima and maxima.
+
+        Args:
+            rows: training rows with the columns of `features`, at least one.
+            features: the view's features.
+            scale: `log` for counts and ratios, `linear` else.
+        """
+        ranks = {f.name: _texts(rows[f.name]) for f in features if f.kind == "category"}
+        unfitted = cls(features=features, scale=scale, ranks=ranks, low=[], high=[])
+        numbers = unfitted._numbers(rows)
+        return unfitted.model_copy(update={"low": numbers.min(axis=0).tolist(), "high": numbers.max(axis=0).tolist()})
+
+    def apply(self, rows: pd.DataFrame) -> np.ndarray:
+        """float64 [rows, features]: 0..1 on the fitted rows; a feature that was constant there keeps its unit."""
+        low, high = np.array(self.low), np.array(self.high)
+        numbers = self._numbers(rows)
+        numbers -= low
+        numbers /= np.where(high > low, high - low, 1.0)
+        return numbers
+
+    def _numbers(self, rows: pd.DataFrame) -> np.ndarray:
+        numbers = np.empty((len(rows), len(self.features)), np.float64)
+        for i, feature in enumerate(self.features):
+            if feature.kind == "category":
+                numbers[:, i] = _rank(rows[feature.name], self.ranks[feature.name])
+            else:
+                numbers[:, i] = rows[feature.name].to_numpy(np.float64)
+        if self.scale == "log":
+            np.log2(1 + numbers, out=numbers)
+        return numbers
+
+
+def _texts(column: pd.Series) -> list[str]:
+    return sorted({str(text) for text in column.dropna().unique()})
+
+
+def _rank(column: pd.Series, texts: list[str]) -> np.ndarray:
+    """Place of every text among the sorted `texts`; -1 where it is missing."""
+    codes, found = pd.factorize(column.astype("string[pyarrow]"))
+    places = np.searchsorted(np.array(texts, dtype=object), np.array(found, dtype=object))
+    return np.append(places, -1)[codes].astype(np.float64)
