@@ -1,0 +1,253 @@
+"""The one path from flows to verdicts: transform, model, calibration and limit of one view, in one object.
+
+Evaluation, batch inference and whatever serves a model call it: what is tested is what is served.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+import pandas as pd
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flowsentry.errors import ProtocolError, StoreError
+from flowsentry.features import behaviour, paper
+from flowsentry.features.transform import Transform
+from flowsentry.features.views import Feature, ViewManifest
+from flowsentry.flows import reports as flow_reports
+from flowsentry.flows.schema import BENIGN, MALICIOUS
+from flowsentry.learning.families import Family
+from flowsentry.learning.families import fit as fit_model
+from flowsentry.learning.model import Model, Parameters
+
+CEILING: Final = 12.0
+"""Highest surprise: the tail of a few thousand flows says nothing beyond it."""
+TAIL_SHARE: Final = 0.01
+"""Share of the calibration flows whose scores the exponential tail is fitted to (detection study, section 4)."""
+KNOTS: Final = 1000
+
+
+class Tail(BaseModel):
+    """How rare a score is among benign flows that the model was not fitted on.
+
+    Below the 99% point the share of calibration flows that score at least as high; above it an exponential tail
+    fitted to the mean excess (Pickands 1975, with shape 0). Calibration flows without an effect count, but have no
+    score: no score of theirs could be flagged.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    scores: list[float]
+    """Ascending knots of calibration scores; empty if no calibration flow had an effect."""
+    surprises: list[float]
+    """-log10 of the share of calibration flows that score at least as high as each knot."""
+    excess: float
+    """Mean excess over the last knot."""
+    flows: int
+    """Calibration flows."""
+
+    @classmethod
+    def fit(cls, scores: np.ndarray, flows: int) -> Tail:
+        """Calibrate.
+
+        Args:
+            scores: float64, the scores of the calibration flows with an effect.
+            flows: number of all calibration flows, at least 1.
+        """
+        ordered = np.sort(scores)
+        if len(ordered) == 0:
+            return cls(scores=[], surprises=[], excess=0.0, flows=flows)
+        beyond = min(math.ceil(TAIL_SHARE * flows), len(ordered))
+        threshold = ordered[-beyond]
+        excess = float(np.mean(ordered[ordered >= threshold] - threshold))
+        knots = np.unique(ordered[ordered <= threshold])
+        if len(knots) > KNOTS:
+            knots = knots[np.unique(np.linspace(0, len(knots) - 1, KNOTS).round().astype(int))]
+        as_high = len(ordered) - np.searchsorted(ordered, knots, side="left")
+        return cls(
+            scores=knots.tolist(),
+            surprises=(-np.log10((1 + as_high) / (flows + 1))).tolist(),
+            excess=excess,
+            flows=flows,
+        )
+
+    def surprise(self, scores: np.ndarray) -> np.ndarray:
+        """-log10 of the share of benign flows expected to have an effect and to score as high; 0..CEILING."""
+        if not self.scores:
+            return np.full(len(scores), min(math.log10(self.flows + 1), CEILING))
+        knots = np.array(self.scores)
+        surprise = np.interp(scores, knots, self.surprises, left=min(self.surprises))
+        beyond = np.maximum(scores - knots[-1], 0)
+        spread = max(self.excess, 1e-9)
+        return np.minimum(surprise + beyond / spread / math.log(10), CEILING)
+
+
+@dataclass(frozen=True)
+class Detector:
+    """A model with everything that a raw flow needs to become a verdict."""
+
+    manifest: ViewManifest
+    transform: Transform
+    model: Model
+    tail: Tail
+    target_fpr: float
+    needs_effect: bool
+    """Flag only flows with at least one feature at its minimum effect."""
+    card: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def limit(self) -> float:
+        """Surprise at and above which a flow is flagged."""
+        return -math.log10(self.target_fpr)
+
+    def score(self, rows: pd.DataFrame) -> np.ndarray:
+        """Surprise of rows of the view, float64 [rows]; 0 where no feature reaches its minimum effect."""
+        surprise = np.zeros(len(rows))
+        effect = self._effect(rows)
+        if effect.any():
+            surprise[effect] = self.tail.surprise(self.model.score(self.transform.apply(rows[effect])))
+        return surprise
+
+    def predict(self, rows: pd.DataFrame) -> np.ndarray:
+        """Bool [rows]: what the model's own decision says, without limit and minimum effect, as the study did."""
+        return self.model.predict(self.transform.apply(rows))
+
+    def verdicts(self, reports: pd.DataFrame) -> pd.DataFrame:
+        """Judge whole recordings of raw reports.
+
+        Args:
+            reports: canonical reports; each recording is a stream of its own, in arrival order.
+
+        Returns:
+            One row per report: `flow` (number), `anomaly_score` (the flow's worst so far), `threshold`, `label`,
+            `warm` (the stream's baseline is past its warm-up). View `paper` judges a flow's last report only and
+            has one row per flow.
+        """
+        reports = reports.assign(flow=flow_reports.identify(reports))
+        if self.manifest.name == paper.NAME:
+            judged = flow_reports.collapse(reports)
+            rows = paper.compute(judged)
+        else:
+            judged = reports
+            rows, _ = behaviour.compute(reports)
+        score = pd.Series(self.score(rows), index=judged.index)
+        worst = score.groupby(judged["flow"].to_numpy()).cummax()
+        begin = judged.groupby("recording", observed=True)["time"].transform("min")
+        warm_up = pd.Timedelta(seconds=self.manifest.warm_up_seconds)
+        return pd.DataFrame(
+            {
+                "flow": judged["flow"].to_numpy(),
+                "anomaly_score": worst.to_numpy(),
+                "threshold": self.limit,
+                "label": np.where(worst >= self.limit, MALICIOUS, BENIGN),
+                "warm": (judged["time"] - begin >= warm_up).to_numpy(),
+            }
+        )
+
+    def with_card(self, card: dict[str, Any]) -> Detector:
+        return replace(self, card=card)
+
+    def _effect(self, rows: pd.DataFrame) -> np.ndarray:
+        return effect(rows, self.manifest.features) if self.needs_effect else np.ones(len(rows), bool)
+
+    def save(self, folder: Path) -> None:
+        """Write JSON files and the model's own folder; no pickle."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.model.save(folder / "model")
+        (folder / "view.json").write_text(self.manifest.model_dump_json(indent=1), encoding="utf-8")
+        (folder / "transform.json").write_text(self.transform.model_dump_json(), encoding="utf-8")
+        (folder / "tail.json").write_text(self.tail.model_dump_json(), encoding="utf-8")
+        limit = {"target_fpr": self.target_fpr, "needs_effect": self.needs_effect}
+        (folder / "limit.json").write_text(json.dumps(limit), encoding="utf-8")
+        (folder / "card.json").write_text(json.dumps(self.card, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Detector:
+        """Read what `save` wrote.
+
+        Raises:
+            StoreError: something is missing, damaged, or of another version of the view.
+        """
+        try:
+            manifest = ViewManifest.model_validate_json((folder / "view.json").read_text(encoding="utf-8"))
+            limit = json.loads((folder / "limit.json").read_text(encoding="utf-8"))
+            detector = cls(
+                manifest,
+                Transform.model_validate_json((folder / "transform.json").read_text(encoding="utf-8")),
+                Model.load(folder / "model"),
+                Tail.model_validate_json((folder / "tail.json").read_text(encoding="utf-8")),
+                float(limit["target_fpr"]),
+                bool(limit["needs_effect"]),
+                json.loads((folder / "card.json").read_text(encoding="utf-8")),
+            )
+        except (OSError, ValueError, ValidationError, KeyError, TypeError) as error:
+            raise StoreError(f"{folder}: not a stored detector ({error})") from error
+        expected = paper.VERSION if manifest.name == paper.NAME else behaviour.VERSION
+        if manifest.version != expected:
+            raise StoreError(f"{folder}: view {manifest.name} {manifest.version}, this is {expected}; train it again")
+        return detector
+
+
+def effect(rows: pd.DataFrame, features: Sequence[Feature]) -> np.ndarray:
+    """Bool [rows]: at least one feature is at its minimum effect; all True for a view that states none."""
+    limits = {f.name: f.minimum_effect for f in features if f.minimum_effect is not None}
+    if not limits:
+        return np.ones(len(rows), bool)
+    return np.any([rows[name].to_numpy() >= limit for name, limit in limits.items()], axis=0)
+
+
+def worst(values: np.ndarray, flows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Flow numbers (ascending) and the highest value of each."""
+    unique, inverse = np.unique(flows, return_inverse=True)
+    highest = np.full(len(unique), -np.inf)
+    np.maximum.at(highest, inverse, values)
+    return unique, highest
+
+
+def fit(
+    family: Family,
+    params: Parameters,
+    manifest: ViewManifest,
+    fit_rows: pd.DataFrame,
+    malicious: np.ndarray,
+    exchange: np.ndarray,
+    calibration_rows: pd.DataFrame,
+    *,
+    target_fpr: float,
+    needs_effect: bool,
+    seed: int,
+) -> Detector:
+    """Fit transform and model on the fit rows and set the limit on the calibration rows.
+
+    Args:
+        family: of the model.
+        params: of the model.
+        manifest: the view's.
+        fit_rows: rows of the view, with `flow`.
+        malicious: bool [fit rows].
+        exchange: int64 [fit rows].
+        calibration_rows: rows of benign flows that the model is not fitted on, with `flow`.
+        target_fpr: share of benign flows that may be flagged.
+        needs_effect: flag only flows with a minimum effect.
+        seed: of models with chance in them.
+
+    Raises:
+        ProtocolError: a class is missing among the fit rows, or there is no calibration row.
+    """
+    if len(fit_rows) == 0 or len(calibration_rows) == 0:
+        raise ProtocolError("no benign flows are left to fit on or to set the limit: give a longer recording")
+    transform = Transform.fit(fit_rows, manifest.features, "linear" if manifest.name == paper.NAME else "log")
+    harm = [feature.harm for feature in manifest.features]
+    model = fit_model(family, params, transform.apply(fit_rows), malicious, harm, seed, exchange=exchange)
+    unset = Detector(manifest, transform, model, Tail.fit(np.empty(0), 1), target_fpr, needs_effect)
+    has_effect = unset._effect(calibration_rows)
+    effective = calibration_rows[has_effect]
+    raw = model.score(transform.apply(effective)) if len(effective) else np.empty(0)
+    _, scores = worst(raw, effective["flow"].to_numpy())
+    return replace(unset, tail=Tail.fit(scores, calibration_rows["flow"].nunique()))
