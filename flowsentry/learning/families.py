@@ -6,7 +6,7 @@ import itertools
 import logging
 import warnings
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -43,9 +43,7 @@ class Family:
     @property
     def candidates(self) -> tuple[dict[str, Parameter], ...]:
         """All combinations of the grid; the last parameter varies fastest."""
-        return tuple(
-            dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values())
-        )
+        return tuple(dict(zip(self.grid, values, strict=True)) for values in itertools.product(*self.grid.values()))
 
 
 FAMILIES: Final[dict[str, Family]] = {
@@ -159,26 +157,34 @@ def fit(
         X, y = X[rows], y[rows]
     if y.all() or (family.supervised and not y.any()):
         missing = "benign" if y.all() else "malicious"
-        raise ProtocolError(
-            f"{family.title} cannot be trained: there is no {missing} flow among the training rows"
-        )
-    if not family.supervised:
-        tails = SignedTails.fit(X[~y], directions)
-        model = Model(family.name, dict(params), tails, X.shape[1], 0.0)
-        boundary = float(np.quantile(model.score(X[~y]), TAILS_QUANTILE))
-        return Model(family.name, dict(params), tails, X.shape[1], boundary)
-    estimator = build(family, params, directions, seed)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always", ConvergenceWarning)
-        estimator.fit(X, y.astype(np.int8))
-    if any(issubclass(warning.category, ConvergenceWarning) for warning in caught):
-        logger.info("%s with %s stopped before it converged", family.title, dict(params))
-    return Model(family.name, dict(params), estimator, X.shape[1], 0.0)
+        raise ProtocolError(f"{family.title} cannot be trained: no {missing} flow is among the training rows")
+    # Filters of warnings are global: `search`, which fits in threads, sets them once around all of them.
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        model = fit_rows(family, params, X, y, directions, seed)
+    if family.name == "logistic_regression" and model.estimator.n_iter_.max() >= model.estimator.max_iter:
+        logger.info("%s with %s stopped before it converged", family.title, model.params)
+    return model
 
 
-def sample(
-    y: NDArray[np.bool_], rows: int, seed: int, exchange: NDArray[np.int64] | None = None
-) -> NDArray[np.int64]:
+def fit_rows(
+    family: Family,
+    params: Parameters,
+    X: NDArray[np.float64],
+    y: NDArray[np.bool_],
+    harm: NDArray[np.int8],
+    seed: int,
+) -> Model:
+    """`fit` on exactly these rows, which must hold the classes that the family needs; warnings are not hidden."""
+    if family.supervised:
+        estimator = build(family, params, harm, seed).fit(X, y.astype(np.int8))
+        return Model(family.name, dict(params), estimator, X.shape[1], 0.0)
+    benign = X[~y]
+    model = Model(family.name, dict(params), SignedTails.fit(benign, harm), X.shape[1], 0.0)
+    return replace(model, boundary=float(np.quantile(model.score(benign), TAILS_QUANTILE)))
+
+
+def sample(y: NDArray[np.bool_], rows: int, seed: int, exchange: NDArray[np.int64] | None = None) -> NDArray[np.int64]:
     """Rows of a seeded sample that keeps the share of both classes and takes exchanges whole.
 
     Args:

@@ -157,9 +157,7 @@ class Model:
             family, params = str(about["family"]), dict(about["params"])
             features, boundary = int(about["features"]), float(about["boundary"])
             if about["format"] != _FORMAT or family not in ESTIMATORS:
-                raise StoreError(
-                    f"{folder}: model of format {about['format']}, family {family}; train it again"
-                )
+                raise StoreError(f"{folder}: model of format {about['format']}, family {family}; train it again")
             if about["scikit_learn"] != sklearn.__version__:
                 raise StoreError(
                     f"{folder}: stored with scikit-learn {about['scikit_learn']}, not {sklearn.__version__}; "
@@ -257,11 +255,7 @@ def _within(index: NDArray[np.integer[Any]], size: int) -> bool:
     return bool(((index >= 0) & (index < size)).all())
 
 
-def _is_tree(
-    left: NDArray[np.integer[Any]], right: NDArray[np.integer[Any]], inner: NDArray[np.bool_]
-) -> bool:
+def _is_tree(left: NDArray[np.integer[Any]], right: NDArray[np.integer[Any]], inner: NDArray[np.bool_]) -> bool:
     """Children come after their parent, so every walk ends, and inside the array."""
     nodes = np.arange(len(left))
-    return bool(
-        len(left) and all(((side > nodes) & (side < len(left)))[inner].all() for side in (left, right))
-    )
+    return bool(len(left) and all(((side > nodes) & (side < len(left)))[inner].all() for side in (left, right)))
