@@ -573,7 +573,7 @@ class Stream:
                     _restored(arrays, kind, capacity)
                     for kind, capacity in zip(("flow", "endpoint", "entity"), header["capacities"], strict=True)
                 )
-        except (OSError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise StoreError(f"{path}: not a readable checkpoint of a stream ({error})") from error
         stream._flows.keys, stream._flows.flows = flows.keys, flows.arrays["flows"]
         stream._flows.used = int(np.count_nonzero(flows.keys))

@@ -1,0 +1,284 @@
+"""The kernel against a naive reading of its definition, and against itself in other batches."""
+
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from flowsentry.errors import StoreError
+from flowsentry.features import kernel
+from flowsentry.features.kernel import FEATURES, Stream
+from flowsentry.flows.schema import BY_NAME
+from tests.flowsentry.tables import START, make_reports
+
+MINUTE = 60
+
+
+def features(rows):
+    """One dictionary of features per report."""
+    values, _ = Stream().advance(make_reports(rows))
+    return [dict(zip(FEATURES, row.tolist(), strict=True)) for row in values]
+
+
+def naive(rows):
+    """Every feature of flows with one report each, from the whole history, by definition."""
+    start = int(START.timestamp()) // 10
+    first_tick = start + int(rows[0]["at"]) // 10
+    endpoint_counts, history, result = Counter(), [], []
+    for row in rows:
+        tick = start + int(row["at"]) // 10
+        age = tick - first_tick
+        source, target = (row["src_ip"], row["src_port"]), (row["dst_ip"], row["dst_port"])
+        endpoint_counts[source] += 1
+        endpoint_counts[target] += 1
+        obvious = row["src_port"] >= 32768 > row["dst_port"]
+        turned = endpoint_counts[source] > endpoint_counts[target] and not obvious
+        service, client = (source, row["dst_ip"]) if turned else (target, row["src_ip"])
+        keys = {"service": service, "client": client, "edge": (client, service)}
+        failed = row["bytes"] <= 400
+        flow = {"tick": tick, "keys": keys, "failed": failed, "bytes": row["bytes"], "learned": {}, "peaks": {}}
+        history.append(flow)
+
+        def about(kind, name=None):
+            return [old for old in history if old["keys"][kind] == keys[kind]]
+
+        def recent(kind, ticks, failures=False):
+            return [o for o in about(kind) if o["tick"] > tick - ticks and (o["failed"] or not failures)]
+
+        horizon = max(min(age, kernel.WARM_UP_TICKS), age - kernel.LAG_TICKS) // 30
+        base = {}
+        for kind in keys:
+            learned = [
+                o for o in about(kind)[:-1] if o["learned"].get(kind) and (o["tick"] - first_tick) // 30 < horizon
+            ]
+            peaks = [o["peaks"][kind] for o in learned]
+            base[kind] = (len(learned), *(np.max(peaks, axis=0) if peaks else (0, 0, 0)))
+        new = {kind: base[kind][0] == 0 for kind in keys}
+        counts = {
+            kind: (
+                len(recent(kind, 6)),
+                len(recent(kind, 6, True)),
+                float(sum(o["bytes"] for o in recent(kind, 6))) if kind == "edge" else 0.0,
+            )
+            for kind in keys
+        }
+        own = float(failed)
+        own_or_new = float(failed or new["edge"])
+        edges = defaultdict(list)
+        for old in about("client"):
+            edges[old["keys"]["edge"]].append(old)
+        fresh = [e for e in edges.values() if e[0].get("was_new", new["edge"]) and e[0]["tick"] > tick - 30]
+        only_failed = [e for e in fresh if e[0]["failed"] and all(o["failed"] for o in e)]
+        if len(edges[keys["edge"]]) == 1:
+            flow["was_new"] = new["edge"]
+        answered = any(not o["failed"] for o in about("edge"))
+        dead = {kind: sum(o["failed"] for o in about(kind)) for kind in keys}
+        never = {kind: all(o["failed"] for o in about(kind)) for kind in keys}
+        expected = {
+            "no_payload": own,
+            "edge_new": float(new["edge"]),
+            "service_new": float(new["service"]),
+            "edge_fails_10s": len(recent("edge", 1, True)),
+            "edge_fails_60s": counts["edge"][1],
+            "edge_fails_300s": len(recent("edge", 30, True)),
+            "service_fails_60s": own * counts["service"][1],
+            "client_fails_60s": own * counts["client"][1],
+            "edge_fail_burst": counts["edge"][1] / max(1, base["edge"][2]),
+            "service_fail_burst": own * counts["service"][1] / max(1, base["service"][2]),
+            "client_fail_burst": own * counts["client"][1] / max(1, base["client"][2]),
+            "edge_burst": counts["edge"][0] / max(1, base["edge"][1]),
+            "service_burst": own_or_new * counts["service"][0] / max(1, base["service"][1]),
+            "client_burst": own_or_new * counts["client"][0] / max(1, base["client"][1]),
+            "edge_fail_share": len(recent("edge", 30, True)) / len(recent("edge", 30)),
+            "service_fail_share": own * len(recent("service", 30, True)) / len(recent("service", 30)),
+            "client_failed_edges": len(only_failed) if new["edge"] and failed and not answered else 0,
+            "client_new_edges": len(fresh) if new["edge"] else 0,
+            "service_dead": dead["service"] if new["service"] and never["service"] else 0,
+            "edge_dead": dead["edge"] if new["edge"] and never["edge"] else 0,
+            "edge_bytes_burst": counts["edge"][2] / max(1e6, base["edge"][3]),
+            "edge_persistence": len({o["tick"] for o in recent("edge", 30)}) if new["edge"] else 0,
+        }
+        marked = any(expected[FEATURES[feature]] >= limit for feature, limit in kernel.MARKS)
+        trusted = age < kernel.WARM_UP_TICKS
+        for kind in keys:
+            allowed = trusted or kind == "client" or not never[kind]
+            flow["learned"][kind] = allowed and (trusted or not marked)
+            flow["peaks"][kind] = counts[kind]
+        result.append(expected)
+    return result
+
+
+@st.composite
+def conversations(draw):
+    """Up to 60 flows of a tiny world within half an hour of silence between any two, over up to 100 minutes."""
+    hosts, ports = ["10.0.0.1", "10.0.0.2", "10.0.0.3"], [80, 22, 40000, 50000]
+    at, rows = 0.0, []
+    for _ in range(draw(st.integers(1, 60))):
+        at += draw(st.sampled_from([0, 0, 0, 1, 9, 10, 30, 200, 600, 1200]))
+        rows.append(
+            {
+                "at": at,
+                "src_ip": draw(st.sampled_from(hosts)),
+                "dst_ip": draw(st.sampled_from(hosts)),
+                "src_port": draw(st.sampled_from(ports)),
+                "dst_port": draw(st.sampled_from(ports)),
+                "bytes": draw(st.sampled_from([60, 400, 401, 2_000_000])),
+            }
+        )
+    return rows
+
+
+@settings(max_examples=150, deadline=None)
+@given(conversations())
+def test_features_equal_their_definition(rows):
+    # The naive reading never forgets.
+    rows = [row for row in rows if row["at"] <= rows[0]["at"] + kernel.LIFETIME_TICKS * 10]
+    for number, (got, expected) in enumerate(zip(features(rows), naive(rows), strict=True)):
+        for name in FEATURES:
+            assert got[name] == pytest.approx(expected[name], rel=1e-6), (number, name)
+
+
+@st.composite
+def report_streams(draw):
+    rows, at = [], 0.0
+    for _ in range(draw(st.integers(1, 80))):
+        at += draw(st.sampled_from([-20, 0, 0, 1, 10, 60, 400, 2000, 4000]))
+        rows.append(
+            {
+                "at": at,
+                "flow_id": draw(st.sampled_from(["a", "b", "c", "d", "e"])),
+                "src_ip": draw(st.sampled_from(["10.0.0.1", "10.0.0.2", "::"])),
+                "dst_ip": draw(st.sampled_from(["10.0.0.3", "10.0.0.4"])),
+                "src_port": draw(st.sampled_from([None, 80, 40000])),
+                "dst_port": draw(st.sampled_from([None, 80, 40000])),
+                "transport": draw(st.sampled_from(["tcp", "udp", None])),
+                "bytes": draw(st.sampled_from([60, 500, 1_500_000])),
+                "duration": draw(st.integers(0, 3)),
+                "final": draw(st.booleans()),
+            }
+        )
+    return rows
+
+
+@settings(max_examples=100, deadline=None)
+@given(report_streams(), st.lists(st.integers(0, 80), max_size=5), st.booleans())
+def test_any_batching_and_a_restart_between_batches_give_the_same_bits(tmp_path_factory, rows, cuts, restart):
+    table = make_reports(rows)
+    whole, turned = Stream().advance(table)
+    stream, parts, turns = Stream(), [], []
+    bounds = sorted({0, len(table), *(cut for cut in cuts if cut < len(table))})
+    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+        values, is_reversed = stream.advance(table.iloc[begin:end])
+        parts.append(values)
+        turns.append(is_reversed)
+        if restart:
+            path = tmp_path_factory.mktemp("checkpoint") / "stream.npz"
+            stream.save(path)
+            stream = Stream.load(path)
+    assert stream.seen == len(table)
+    assert np.concatenate(parts).tobytes() == whole.tobytes()
+    assert np.concatenate(turns).tolist() == turned.tolist()
+
+
+def test_later_reports_count_their_flow_once_and_add_bytes_by_difference():
+    rows = [{"flow_id": "a", "bytes": size, "duration": n, "at": n * 10} for n, size in enumerate([10**6, 3 * 10**6])]
+    first, second = features(rows)
+    assert (first["edge_burst"], second["edge_burst"]) == (1, 1)
+    assert (first["edge_bytes_burst"], second["edge_bytes_burst"]) == (1, 3)
+
+
+def test_a_flow_that_carries_something_in_a_later_report_takes_its_failure_back():
+    rows = [
+        {"flow_id": "a", "bytes": 60, "duration": 1, "at": 0},
+        {"flow_id": "a", "bytes": 5000, "duration": 2, "at": 10},
+        {"flow_id": "b", "bytes": 60, "at": 20},
+    ]
+    first, second, third = features(rows)
+    assert (first["edge_fails_60s"], second["edge_fails_60s"], third["edge_fails_60s"]) == (1, 0, 1)
+    assert (first["client_failed_edges"], second["client_failed_edges"]) == (1, 0)
+    assert third["service_dead"] == 0
+
+
+def test_packets_decide_where_the_source_counts_them():
+    rows = [{"bytes": 700}, {"bytes": 300}]
+    table = make_reports(rows)
+    table["packets"] = np.array([10, 1])
+    table["packets"] = table["packets"].astype(BY_NAME["packets"].dtype)
+    values, _ = Stream().advance(table)
+    assert values[:, 0].tolist() == [1, 0]
+
+
+def test_only_tcp_can_fail():
+    got = features([{"transport": name, "bytes": 60} for name in ("tcp", "udp", "icmp", None)])
+    assert [row["no_payload"] for row in got] == [1, 0, 0, 0]
+
+
+def test_a_service_seen_in_more_flows_is_the_service_whichever_way_it_is_reported():
+    rows = [{"src_ip": f"10.0.1.{i}", "src_port": 3000 + i, "dst_port": 8000} for i in range(5)]
+    rows.append({"src_ip": "10.0.0.2", "src_port": 8000, "dst_ip": "10.0.1.9", "dst_port": 3999})
+    values, turned = Stream().advance(make_reports(rows))
+    assert turned.tolist() == [False] * 5 + [True]
+
+
+def test_a_scanner_with_one_source_port_is_not_taken_for_a_service():
+    rows = [{"at": i / 10, "src_port": 45000, "dst_port": 1 + i, "bytes": 60} for i in range(50)]
+    _, turned = Stream().advance(make_reports(rows))
+    assert not turned.any()
+    assert features(rows)[-1]["client_failed_edges"] == 50
+
+
+def test_what_an_edge_does_becomes_normal_only_after_the_lag():
+    warm = [{"at": i * 60, "dst_ip": "10.0.0.9"} for i in range(31)]
+    later = [{"at": 31 * MINUTE + i * 60} for i in range(61)]
+    new = [row["edge_new"] for row in features([*warm, *later])][31:]
+    learned_after = new.index(0.0)
+    assert 30 <= learned_after <= 36
+    assert all(new[:learned_after])
+
+
+def test_a_burst_never_becomes_normal():
+    warm = [{"at": i * 60} for i in range(31)]
+    attack = [{"at": 31 * MINUTE + i / 2, "bytes": 60, "src_ip": "10.0.0.66"} for i in range(7200)]
+    got = features([*warm, *attack])
+    assert got[-1]["edge_fail_burst"] > 50
+
+
+def test_a_service_that_never_answers_stays_new():
+    warm = [{"at": i * 60} for i in range(31)]
+    beacon = [{"at": 31 * MINUTE + i * 60, "bytes": 60, "dst_ip": "10.9.9.9", "dst_port": 4444} for i in range(90)]
+    assert features([*warm, *beacon])[-1]["service_dead"] == 90
+
+
+def test_memory_is_bounded_under_a_spoofed_flood(monkeypatch):
+    monkeypatch.setattr(kernel, "MAX_ENTITIES", 1 << 12)
+    monkeypatch.setattr(kernel, "MAX_ENDPOINTS", 1 << 13)
+    rows = [{"at": i / 100, "src_ip": f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}", "bytes": 60} for i in range(20_000)]
+    stream = Stream()
+    stream.advance(make_reports(rows))
+    assert len(stream._entities.keys) == 1 << 12
+    assert len(stream._endpoints.keys) <= 1 << 13
+
+
+def test_an_empty_batch_changes_nothing():
+    stream = Stream()
+    values, _ = stream.advance(make_reports([{}]).iloc[:0])
+    assert values.shape == (0, len(FEATURES))
+    assert stream.seen == 0
+
+
+@pytest.mark.parametrize("content", [b"", b"not an archive", b"PK\x03\x04 broken"])
+def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, content):
+    path = tmp_path / "stream.npz"
+    path.write_bytes(content)
+    with pytest.raises(StoreError, match=r"stream\.npz"):
+        Stream.load(path)
+
+
+def test_a_checkpoint_of_another_kernel_is_refused(tmp_path, monkeypatch):
+    path = tmp_path / "stream.npz"
+    Stream().save(path)
+    monkeypatch.setattr(kernel, "KERNEL_VERSION", "99")
+    with pytest.raises(StoreError, match="kernel version 1, this is 99"):
+        Stream.load(path)
