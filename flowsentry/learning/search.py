@@ -25,13 +25,14 @@ import joblib
 import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
+from scipy.spatial import KDTree
 from sklearn.exceptions import ConvergenceWarning
 from sklearn.metrics import average_precision_score, roc_curve
 from threadpoolctl import threadpool_limits
 
 from flowsentry.errors import ProtocolError
 from flowsentry.learning.families import Family, build, fit_rows, sample
-from flowsentry.learning.model import Model, Parameter, node_scores, smoothed_log_odds
+from flowsentry.learning.model import Parameter, node_scores, smoothed_log_odds
 
 Metric = Literal["accuracy", "balanced_accuracy", "recall_at_fpr", "average_precision"]
 Budget = Literal["full", "small"]
@@ -212,7 +213,7 @@ def stratified_group_folds(
 
 
 def held_out_folds(
-    y: NDArray[np.bool_], attack_group: Sequence[str | None] | pd.Series, exchange: NDArray[np.int64], n: int, seed: int
+    y: NDArray[np.bool_], attack_group: pd.Series, exchange: NDArray[np.int64], n: int, seed: int
 ) -> list[InnerFold]:
     """One fold for each group of attacks: fitted without it, tested on it and on benign rows left out with it.
 
@@ -338,38 +339,28 @@ def _fit_and_score(
     """Scores of test rows and the boundary of predict, for each candidate of a group that shares a fit."""
     match family.name:
         case "knn":
-            return [(scores, 0.0) for scores in _neighbours(family, group, X, y, X_test, harm, seed)]
+            return [(scores, 0.0) for scores in _neighbours(group, X, y, X_test)]
         case "decision_tree":
             return [(scores, 0.0) for scores in _depths(family, group, X, y, X_test, harm, seed)]
         case _:
-            models = _models(family, group, X, y, harm, seed)
+            models = [fit_rows(family, params, X, y, harm, seed) for params in group]
             return [(model.score(X_test), model.boundary) for model in models]
 
 
-def _models(
-    family: Family,
-    group: Sequence[dict[str, Parameter]],
-    X: NDArray[np.float64],
-    y: NDArray[np.bool_],
-    harm: NDArray[np.int8],
-    seed: int,
-) -> list[Model]:
-    return [fit_rows(family, params, X, y, harm, seed) for params in group]
-
-
 def _neighbours(
-    family: Family,
     group: Sequence[dict[str, Parameter]],
     X: NDArray[np.float64],
     y: NDArray[np.bool_],
     X_test: NDArray[np.float64],
-    harm: NDArray[np.int8],
-    seed: int,
 ) -> list[NDArray[np.float64]]:
-    """One query for the most neighbours: the nearest three are the first three of the nearest eleven."""
-    most = max(group, key=lambda params: params["n_neighbors"])
-    estimator = build(family, most, harm, seed).fit(X, y.astype(np.int8))
-    distance, index = estimator.kneighbors(X_test)
+    """One query for the most neighbours: the nearest three are the first three of the nearest eleven.
+
+    SciPy's tree gives the same distances as scikit-learn's, and is several times faster.
+    """
+    most = max(int(params["n_neighbors"]) for params in group)
+    power = {"euclidean": 2, "manhattan": 1}[str(group[0]["metric"])]
+    tree = KDTree(X, leafsize=30, balanced_tree=False, compact_nodes=False)
+    distance, index = tree.query(X_test, k=np.arange(1, most + 1), p=power)
     malicious = y[index].astype(np.float64)
     scores = []
     for params in group:
