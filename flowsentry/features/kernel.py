@@ -561,7 +561,7 @@ class Stream:
         """
         stream = cls()
         try:
-            with np.load(path, allow_pickle=False) as arrays:
+            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
                 header = json.loads(arrays["header"].tobytes())
                 if header["kernel"] != KERNEL_VERSION or header["features"] != list(FEATURES):
                     raise StoreError(

@@ -1,5 +1,6 @@
 """The kernel against a naive reading of its definition, and against itself in other batches."""
 
+import itertools
 from collections import Counter, defaultdict
 
 import numpy as np
@@ -41,10 +42,10 @@ def naive(rows):
         flow = {"tick": tick, "keys": keys, "failed": failed, "bytes": row["bytes"], "learned": {}, "peaks": {}}
         history.append(flow)
 
-        def about(kind, name=None):
+        def about(kind, keys=keys):
             return [old for old in history if old["keys"][kind] == keys[kind]]
 
-        def recent(kind, ticks, failures=False):
+        def recent(kind, ticks, failures=False, *, tick=tick, about=about):
             return [o for o in about(kind) if o["tick"] > tick - ticks and (o["failed"] or not failures)]
 
         horizon = max(min(age, kernel.WARM_UP_TICKS), age - kernel.LAG_TICKS) // 30
@@ -169,7 +170,7 @@ def test_any_batching_and_a_restart_between_batches_give_the_same_bits(tmp_path_
     whole, turned = Stream().advance(table)
     stream, parts, turns = Stream(), [], []
     bounds = sorted({0, len(table), *(cut for cut in cuts if cut < len(table))})
-    for begin, end in zip(bounds[:-1], bounds[1:], strict=True):
+    for begin, end in itertools.pairwise(bounds):
         values, is_reversed = stream.advance(table.iloc[begin:end])
         parts.append(values)
         turns.append(is_reversed)
@@ -218,7 +219,7 @@ def test_only_tcp_can_fail():
 def test_a_service_seen_in_more_flows_is_the_service_whichever_way_it_is_reported():
     rows = [{"src_ip": f"10.0.1.{i}", "src_port": 3000 + i, "dst_port": 8000} for i in range(5)]
     rows.append({"src_ip": "10.0.0.2", "src_port": 8000, "dst_ip": "10.0.1.9", "dst_port": 3999})
-    values, turned = Stream().advance(make_reports(rows))
+    _, turned = Stream().advance(make_reports(rows))
     assert turned.tolist() == [False] * 5 + [True]
 
 
