@@ -1,0 +1,176 @@
+"""Candidates: one family trained by one recipe, judged in every fold, and fitted for shipping.
+
+The recipe is: search the family's grid on the fit rows, fit the best parameters on them, set the limit on the
+calibration rows. In every fold of every protocol the whole recipe runs anew, so a held-out attack has no part in the
+choice of parameters either. What ships is the fit of the protocol `random`, whose search has the full budget.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import pandas as pd
+
+from flowsentry import detector as detectors
+from flowsentry.detector import Detector
+from flowsentry.errors import ProtocolError
+from flowsentry.features import paper
+from flowsentry.features.splits import Fold, Splits
+from flowsentry.features.transform import Transform
+from flowsentry.features.views import FeatureSet
+from flowsentry.flows.schema import is_malicious
+from flowsentry.learning.families import Family
+from flowsentry.learning.model import Parameters
+from flowsentry.learning.search import (
+    InnerFold,
+    Metric,
+    SearchResult,
+    held_out_folds,
+    search,
+    stratified_group_folds,
+)
+
+Labels = Literal["published", "corrected"]
+LABEL_COLUMN: dict[Labels, str] = {"published": "label", "corrected": "corrected"}
+SCORED_PARTS = ("test", "validation", "warm-up", "last-tick")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How every family is trained."""
+
+    labels: Labels
+    """Label set to train on."""
+    metric: Metric
+    """What the search maximises; `recall_at_fpr` is taken on attacks left out of the inner folds."""
+    inner_folds: int
+    target_fpr: float
+    needs_effect: bool
+    seed: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A family trained by a recipe."""
+
+    family: str
+    search: SearchResult
+    """On the fit rows of the protocol `random`."""
+    fold_params: dict[str, Parameters]
+    """The parameters that the search chose in each fold."""
+    scores: pd.DataFrame
+    """`fold` (category), `flow` (int64), `score` (surprise), `flagged`, `predicted` (bool): one row for every flow
+    that the fold neither fits nor calibrates on; a flow's score is that of its worst report."""
+    detector: Detector
+    seconds: float
+
+
+def train(
+    family: Family,
+    features: FeatureSet,
+    flows: pd.DataFrame,
+    splits: Splits,
+    recipe: Recipe,
+    on_progress: Callable[[str], None] | None = None,
+) -> Candidate:
+    """Run the recipe in every fold.
+
+    Args:
+        family: a value of `FAMILIES`.
+        features: view of the flows.
+        flows: flow table with label, corrected, group and exchange.
+        splits: of the same flows; must hold the protocol `random`.
+        recipe: how to train.
+        on_progress: told in a line what is being done.
+
+    Raises:
+        ProtocolError: a fold lacks a class, or there is no protocol `random`.
+    """
+    begin = time.perf_counter()
+    if not any(fold.protocol == "random" for fold in splits.folds):
+        raise ProtocolError(f"the protocol random, whose fit ships, is impossible: {splits.impossible.get('random')}")
+    scores, fold_params = [], {}
+    for number, fold in enumerate(splits.folds, start=1):
+        if on_progress:
+            on_progress(f"{family.title}: fold {number} of {len(splits.folds)}, {fold.name}")
+        result, fitted = fit_fold(family, features, flows, splits, fold, recipe)
+        fold_params[fold.name] = result.best
+        scores.append(score_fold(fitted, features, splits, fold))
+        if fold.protocol == "random":
+            shipped, of_random = fitted, result
+    table = pd.concat(scores, ignore_index=True)
+    table["fold"] = table["fold"].astype("category")
+    return Candidate(family.name, of_random, fold_params, table, shipped, time.perf_counter() - begin)
+
+
+def fit_fold(
+    family: Family, features: FeatureSet, flows: pd.DataFrame, splits: Splits, fold: Fold, recipe: Recipe
+) -> tuple[SearchResult, Detector]:
+    """Search, fit and set the limit on the training rows of one fold."""
+    part = splits.parts[fold.name]
+    malicious = is_malicious(flows[LABEL_COLUMN[recipe.labels]])
+    in_fit = part.eq("fit").to_numpy()
+    in_calibration = part.eq("calibration").to_numpy() & ~malicious
+    of_row = features.rows["flow"].to_numpy()
+    fit_rows, flow = features.rows[in_fit[of_row]], of_row[in_fit[of_row]]
+    y, exchange = malicious[flow], flows["exchange"].to_numpy()[flow]
+    if len(fit_rows) == 0:
+        raise ProtocolError(f"{fold.name}: no flow is left to fit on: give a longer recording")
+    manifest = features.manifest
+    transform = Transform.fit(fit_rows, manifest.features, "linear" if manifest.name == paper.NAME else "log")
+    result = search(
+        family,
+        transform.apply(fit_rows),
+        y,
+        harm=[feature.harm for feature in manifest.features],
+        folds=_inner_folds(y, flows["group"].iloc[flow].where(y), exchange, recipe),
+        metric=recipe.metric,
+        seed=recipe.seed,
+        exchange=exchange,
+        budget="full" if fold.protocol == "random" else "small",
+    )
+    fitted = detectors.fit(
+        family,
+        result.best,
+        manifest,
+        fit_rows,
+        y,
+        exchange,
+        features.rows[in_calibration[of_row]],
+        target_fpr=recipe.target_fpr,
+        needs_effect=recipe.needs_effect,
+        seed=recipe.seed,
+    )
+    return result, fitted
+
+
+def score_fold(detector: Detector, features: FeatureSet, splits: Splits, fold: Fold) -> pd.DataFrame:
+    """Scores of the flows of a fold that the detector was neither fitted nor calibrated on."""
+    wanted = splits.parts[fold.name].isin(SCORED_PARTS).to_numpy()
+    rows = features.rows[wanted[features.rows["flow"].to_numpy()]]
+    flow, score = detectors.worst(detector.score(rows), rows["flow"].to_numpy())
+    _, predicted = detectors.worst(detector.predict(rows).astype(float), rows["flow"].to_numpy())
+    return score_table(fold, flow, score, detector.limit, predicted > 0)
+
+
+def score_table(fold: Fold, flow: np.ndarray, score: np.ndarray, limit: float, predicted: np.ndarray) -> pd.DataFrame:
+    """The columns of `Candidate.scores` for one fold."""
+    return pd.DataFrame(
+        {
+            "fold": pd.Categorical([fold.name] * len(flow)),
+            "flow": flow.astype(np.int64),
+            "score": score,
+            "flagged": score >= limit,
+            "predicted": predicted,
+        }
+    )
+
+
+def _inner_folds(y: np.ndarray, group: pd.Series, exchange: np.ndarray, recipe: Recipe) -> list[InnerFold]:
+    if recipe.metric == "recall_at_fpr" and group.nunique() >= 2:
+        return held_out_folds(y, group.reset_index(drop=True), exchange, recipe.inner_folds, recipe.seed)
+    return stratified_group_folds(y, exchange, recipe.inner_folds, recipe.seed)
