@@ -85,7 +85,7 @@ class Tail(BaseModel):
         surprise = np.interp(scores, knots, self.surprises, left=min(self.surprises))
         beyond = np.maximum(scores - knots[-1], 0)
         spread = max(self.excess, 1e-9)
-        return np.minimum(surprise + beyond / spread / math.log(10), CEILING)
+        return np.asarray(np.minimum(surprise + beyond / spread / math.log(10), CEILING))
 
 
 @dataclass(frozen=True)
@@ -199,7 +199,7 @@ def effect(rows: pd.DataFrame, features: Sequence[Feature]) -> np.ndarray:
     limits = {f.name: f.minimum_effect for f in features if f.minimum_effect is not None}
     if not limits:
         return np.ones(len(rows), bool)
-    return np.any([rows[name].to_numpy() >= limit for name, limit in limits.items()], axis=0)
+    return np.asarray(np.any([rows[name].to_numpy() >= limit for name, limit in limits.items()], axis=0))
 
 
 def worst(values: np.ndarray, flows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

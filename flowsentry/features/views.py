@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from flowsentry.errors import StoreError
 
 
 class Feature(BaseModel):
@@ -55,3 +58,22 @@ class FeatureSet:
     rows: pd.DataFrame
     """`flow` (int64, index into the flow table) and one column per feature of the view; one row per report in
     arrival order (`behaviour`) or per flow (`paper`)."""
+
+    def save(self, folder: Path) -> None:
+        """Write the manifest (JSON) and the values (Parquet)."""
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "manifest.json").write_text(self.manifest.model_dump_json(indent=1), encoding="utf-8")
+        self.rows.to_parquet(folder / "values.parquet", index=False)
+
+    @classmethod
+    def load(cls, folder: Path) -> FeatureSet:
+        """Read what `save` wrote.
+
+        Raises:
+            StoreError: something is missing or damaged.
+        """
+        try:
+            manifest = ViewManifest.model_validate_json((folder / "manifest.json").read_text(encoding="utf-8"))
+            return cls(manifest, pd.read_parquet(folder / "values.parquet"))
+        except (OSError, ValueError, ValidationError) as error:
+            raise StoreError(f"{folder}: not a stored feature view ({error})") from error

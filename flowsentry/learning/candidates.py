@@ -10,21 +10,23 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import numpy as np
 import pandas as pd
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flowsentry import detector as detectors
 from flowsentry.detector import Detector
-from flowsentry.errors import ProtocolError
+from flowsentry.errors import ProtocolError, StoreError
 from flowsentry.features import paper
 from flowsentry.features.splits import Fold, Splits
 from flowsentry.features.transform import Transform
 from flowsentry.features.views import FeatureSet
 from flowsentry.flows.schema import is_malicious
 from flowsentry.learning.families import Family
-from flowsentry.learning.model import Parameters
+from flowsentry.learning.model import Parameter
 from flowsentry.learning.search import (
     InnerFold,
     Metric,
@@ -39,9 +41,10 @@ LABEL_COLUMN: dict[Labels, str] = {"published": "label", "corrected": "corrected
 SCORED_PARTS = ("test", "validation", "warm-up", "last-tick")
 
 
-@dataclass(frozen=True)
-class Recipe:
+class Recipe(BaseModel):
     """How every family is trained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
 
     labels: Labels
     """Label set to train on."""
@@ -60,12 +63,46 @@ class Candidate:
     family: str
     search: SearchResult
     """On the fit rows of the protocol `random`."""
-    fold_params: dict[str, Parameters]
+    fold_params: dict[str, dict[str, Parameter]]
     """The parameters that the search chose in each fold."""
     scores: pd.DataFrame
     """`fold` (category), `flow` (int64), `score` (surprise), `flagged`, `predicted` (bool): one row for every flow
     that the fold neither fits nor calibrates on; a flow's score is that of its worst report."""
     detector: Detector
+    """Fitted on the fit rows of `random`."""
+    seconds: float
+
+    def save(self, folder: Path) -> None:
+        """Write JSON, Parquet and the detector's own folder; no pickle."""
+        folder.mkdir(parents=True, exist_ok=True)
+        self.detector.save(folder / "detector")
+        self.scores.to_parquet(folder / "scores.parquet", index=False)
+        about = _About(
+            family=self.family, search=self.search, fold_params=self.fold_params, seconds=self.seconds
+        ).model_dump_json(indent=1)
+        (folder / "candidate.json").write_text(about, encoding="utf-8")
+
+    @classmethod
+    def load(cls, folder: Path) -> Candidate:
+        """Read what `save` wrote.
+
+        Raises:
+            StoreError: something is missing or damaged.
+        """
+        try:
+            about = _About.model_validate_json((folder / "candidate.json").read_text(encoding="utf-8"))
+            scores = pd.read_parquet(folder / "scores.parquet")
+        except (OSError, ValueError, ValidationError) as error:
+            raise StoreError(f"{folder}: not a stored candidate ({error})") from error
+        return cls(
+            about.family, about.search, about.fold_params, scores, Detector.load(folder / "detector"), about.seconds
+        )
+
+
+class _About(BaseModel):
+    family: str
+    search: SearchResult
+    fold_params: dict[str, dict[str, Parameter]]
     seconds: float
 
 
