@@ -44,7 +44,7 @@ Progress = Callable[[int, int, str], None]
 RUNGS: Final[dict[str, tuple[int, ...]]] = {"logistic_regression": (4000,), "svc": (2000, 8000)}
 """Training rows of the rounds before the last, which has all rows; families not named have the last round only."""
 SMALL: Final = 2000
-"""Training rows of the only round of the small budget."""
+"""Training rows of the last round of the small budget; families that race begin with a quarter of them."""
 KEEP: Final = 3
 """One in so many candidates goes on to the next round."""
 MARGIN: Final = 0.02
@@ -128,8 +128,7 @@ def search(
         metric: what is to be high, as a mean over the folds.
         seed: of samples and of estimators.
         exchange: int64 [n]; samples take exchanges whole. None: rows are sampled one by one.
-        budget: `small` tries every candidate on `SMALL` rows of each fold and leaves it at that: for searches
-            inside a protocol.
+        budget: `small` ends with `SMALL` rows of each fold: for searches inside a protocol.
         target_fpr: for `recall_at_fpr`.
         on_progress: told of every finished fit, from threads of its own.
 
@@ -142,7 +141,8 @@ def search(
     _check_folds(y, folds)
     candidates = family.candidates
     cap = family.row_cap or len(y)
-    rounds = (SMALL,) if budget == "small" else (*RUNGS.get(family.name, ()), cap)
+    early = RUNGS.get(family.name, ())
+    rounds = (*(SMALL // 4 for _ in early[:1]), SMALL) if budget == "small" else (*early, cap)
     smallest = min(len(train) for train, _ in folds)
     # A round that is nearly all rows saves nothing.
     rounds = (*(rows for rows in rounds[:-1] if rows < smallest / 2), rounds[-1])
