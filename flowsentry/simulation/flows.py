@@ -19,6 +19,8 @@ FIRST_PORT: Final = 32_768
 LAST_PORT: Final = 60_999
 REUSE_AFTER: Final = 61 * SECOND
 """A meter has closed a flow this long after its end, so that its ports may come again."""
+TRIES: Final = 4
+"""How often a port is chosen again for an exchange whose port is not free; then the client gives up."""
 
 
 def pass_wires(world: World, exchanges: pd.DataFrame, end: int, rng: np.random.Generator) -> pd.DataFrame:
@@ -42,8 +44,10 @@ def pass_wires(world: World, exchanges: pd.DataFrame, end: int, rng: np.random.G
     exchanges = exchanges.sort_values("start", kind="stable", ignore_index=True)
     exchanges["nat_port"] = rng.integers(FIRST_PORT, LAST_PORT + 1, len(exchanges))
     ephemeral = exchanges["client_port"].eq(-1).to_numpy()
-    exchanges.loc[ephemeral, "client_port"] = _ports_in_turn(exchanges["client"].to_numpy()[ephemeral], rng)
-    for _ in range(20):
+    exchanges.loc[ephemeral, "client_port"] = _ports_in_turn(
+        exchanges["client"].to_numpy()[ephemeral], exchanges["start"].to_numpy()[ephemeral], rng
+    )
+    for _ in range(TRIES):
         flows = _flows(world, exchanges)
         clash = np.unique(flows["exchange"].to_numpy()[_clashes(flows)])
         if not len(clash):
@@ -53,16 +57,23 @@ def pass_wires(world: World, exchanges: pd.DataFrame, end: int, rng: np.random.G
     return _flows(world, exchanges[~exchanges.index.isin(clash)].reset_index(drop=True))
 
 
-def _ports_in_turn(client: Integers, rng: np.random.Generator) -> Integers:
-    """Every client goes through the even ephemeral ports, as Linux does, in irregular steps, from anywhere."""
+def _ports_in_turn(client: Integers, start: Integers, rng: np.random.Generator) -> Integers:
+    """Every client goes through the even ephemeral ports, as Linux does, from anywhere.
+
+    The steps are irregular, and as long as a busy client does not come round before its flows are closed.
+    """
+    ports = (LAST_PORT - FIRST_PORT + 1) // 2
+    busy = np.zeros(int(client.max(initial=0)) + 1, np.int64)
+    spans, counts = np.unique(client * 2**32 + start // (2 * REUSE_AFTER), return_counts=True)
+    np.maximum.at(busy, spans // 2**32, counts)
+    longest = np.clip(ports // np.maximum(busy, 1) - 1, 1, 20)
     order = np.argsort(client, kind="stable")
-    steps = np.cumsum(rng.integers(1, 21, len(client)))
-    sorted_clients = client[order]
-    first = np.searchsorted(sorted_clients, sorted_clients)
-    offset = sorted_clients * 7_919 + int(rng.integers(1 << 20))
-    ports = np.empty(len(client), np.int64)
-    ports[order] = FIRST_PORT + 2 * ((offset + steps - steps[first]) % ((LAST_PORT - FIRST_PORT + 1) // 2))
-    return ports
+    mine = client[order]
+    steps = np.cumsum(1 + np.floor(rng.random(len(client)) * longest[mine]).astype(np.int64))
+    steps -= steps[np.searchsorted(mine, mine)]
+    chosen = np.empty(len(client), np.int64)
+    chosen[order] = FIRST_PORT + 2 * ((mine * 7_919 + int(rng.integers(ports)) + steps) % ports)
+    return chosen
 
 
 def _flows(world: World, exchanges: pd.DataFrame) -> pd.DataFrame:
