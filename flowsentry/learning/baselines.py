@@ -137,7 +137,7 @@ def _timestamp(flows: pd.DataFrame, y: NDArray[np.bool_], seed: int) -> FittedBa
 
     # Trees read float32, in which seconds since 1970 would be minutes apart.
     def seconds(flows: pd.DataFrame, features: pd.DataFrame | None) -> NDArray[np.float64]:
-        return (flows["time"] - first).dt.total_seconds().to_numpy(np.float64)
+        return np.asarray((flows["time"] - first).dt.total_seconds(), np.float64)
 
     scorer = _tree(seconds, flows, None, y, 5, seed)
     return FittedBaseline("timestamp", "Timestamp alone", True, "a tree of depth 5 on the time of the report", scorer)
