@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 from flowsentry.features.splits import Protocol
 from flowsentry.reporting.metrics import Frozen
-from flowsentry.reporting.results import Entry, Evaluation, Labels
+from flowsentry.reporting.results import Entry, Evaluation, Labels, ProtocolScores
 
 Metric = Literal["accuracy", "balanced_accuracy", "recall", "f1"]
 METRICS: Final[tuple[Metric, ...]] = ("accuracy", "balanced_accuracy", "recall", "f1")
@@ -68,6 +68,15 @@ def choose(
     )
 
 
+def measure(scores: ProtocolScores, *, protocol: Protocol, metric: Metric) -> tuple[float | None, float | None]:
+    """The metric of `choose` in scores of that protocol: its mean over the folds and its worst fold."""
+    if metric == "accuracy":
+        return scores.own_mean.accuracy, scores.own_worst.accuracy
+    if metric == "recall" and protocol == "family":
+        return scores.family_recall.mean, scores.family_recall.worst
+    return getattr(scores.mean, metric), getattr(scores.worst, metric)
+
+
 def _decide(
     evaluation: Evaluation, ranked: list[Ranked], protocol: Protocol, metric: Metric, max_fpr: float
 ) -> tuple[str | None, str]:
@@ -102,14 +111,7 @@ def _rank(entry: Entry, protocol: Protocol, metric: Metric, labels: Labels, max_
     if by_labels is None:
         return _ranked(entry, None, None, None, "no scores under this protocol")
     scores = by_labels[labels]
-    value: float | None
-    worst: float | None
-    if metric == "accuracy":
-        value, worst = scores.own_mean.accuracy, scores.own_worst.accuracy
-    elif metric == "recall" and protocol == "family":
-        value, worst = scores.family_recall.mean, scores.family_recall.worst
-    else:
-        value, worst = getattr(scores.mean, metric), getattr(scores.worst, metric)
+    value, worst = measure(scores, protocol=protocol, metric=metric)
     fpr = scores.mean.fpr
     excluded = None
     if scores.missing:

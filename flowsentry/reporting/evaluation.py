@@ -144,6 +144,39 @@ def validation_scores(
 
 
 @dataclass(frozen=True)
+class Pooled:
+    """The tested rows of all folds of a protocol, one after the other; arrays of shape [n]."""
+
+    position: Ints
+    """Row of the flow table."""
+    malicious: Bools
+    score: Floats
+    flagged: Bools
+
+
+def pool(flows: pd.DataFrame, splits: Splits, scores: pd.DataFrame, *, protocol: Protocol, labels: Labels) -> Pooled:
+    """What a candidate's curves are drawn from: labelled tested rows, those of one limit, so folds can be pooled.
+
+    Raises:
+        ValueError: as `evaluate`.
+    """
+    truth, table = _Truth.of(flows, labels), _Scores.of("this candidate", flows, scores)
+    position, score, flagged = [np.array([], np.int64)], [np.array([])], [np.array([], bool)]
+    for fold in splits.folds:
+        if fold.protocol != protocol:
+            continue
+        rows = _FoldRows.of(flows, splits, fold, "test")
+        taken = table.take(rows)
+        if taken is not None:
+            known = truth.known[rows.scored]
+            position.append(rows.scored[known])
+            score.append(taken.score[known])
+            flagged.append(taken.flagged[known])
+    where = np.concatenate(position)
+    return Pooled(where, truth.malicious[where], np.concatenate(score), np.concatenate(flagged))
+
+
+@dataclass(frozen=True)
 class _Truth:
     """What is true of all flows on one label set; codes are -1 where nothing applies."""
 
@@ -323,6 +356,8 @@ def _protocol_scores(table: _Scores, folds: Sequence[_FoldRows], truth: _Truth) 
     return ProtocolScores(
         folds=tuple(results),
         missing=tuple(missing),
+        benign=int(harmless.sum()),
+        malicious=int(attacked.sum()),
         counts=_sum(fold.counts for fold in results),
         own_counts=_sum(fold.own_counts for fold in results),
         mean=Rates(**_mean([fold.at_limit.model_dump() for fold in results], Rates)),

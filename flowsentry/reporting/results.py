@@ -50,6 +50,9 @@ class ProtocolScores(Frozen):
     folds: tuple[FoldScores, ...]
     missing: tuple[str, ...]
     """Folds that the candidate has no scores for."""
+    benign: int
+    malicious: int
+    """Distinct flows tested in any fold; under the family protocol malicious ones of held-out groups alone."""
     counts: Counts
     """Summed over the folds."""
     own_counts: Counts

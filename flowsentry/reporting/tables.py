@@ -74,7 +74,7 @@ def side_by_side(evaluation: Evaluation, labels: Labels) -> Table:
 
 
 def families(evaluation: Evaluation, labels: Labels) -> Table | None:
-    """Recall per family at the one limit, `mean / worst` fold, and FPR likewise; a column per candidate."""
+    """Recall per family at the one limit, `mean/worst` fold, and FPR likewise; a column per candidate."""
     protocol = evaluation.family_protocol
     if protocol is None:
         return None
@@ -90,18 +90,18 @@ def families(evaluation: Evaluation, labels: Labels) -> Table | None:
             cells.append(_pair(found.mean, found.worst) if found else NONE)
         rows.append((plain(name), f"{flows:,}", *cells))
     scores = [entry.scores[protocol][labels] for entry in evaluation.candidates]
-    benign = sum(fold.benign for fold in evaluation.folds if fold.protocol == protocol)
+    benign = max((s.benign for s in scores), default=0)
     rows.append(("FPR", f"{benign:,}", *(_pair(s.mean.fpr, s.worst.fpr) for s in scores)))
     how = "held-out families" if protocol == "family" else f"protocol {protocol}"
     return Table(
-        f"Recall per family at the limit, {how}, {labels} labels: mean / worst fold",
+        f"Recall per family at the limit, {how}, {labels} labels: mean/worst fold",
         ("family", "flows", *(plain(entry.title) for entry in evaluation.candidates)),
         tuple(rows),
     )
 
 
 def places(evaluation: Evaluation, labels: Labels) -> Table | None:
-    """FPR by place and, apart, in the warm-up and the last tick, `mean / worst` fold."""
+    """FPR by place and, apart, in the warm-up and the last tick, `mean/worst` fold."""
     protocol = evaluation.family_protocol
     if protocol is None:
         return None
@@ -118,24 +118,24 @@ def places(evaluation: Evaluation, labels: Labels) -> Table | None:
                 cells.append(_pair(spread.mean, spread.worst) if spread else NONE)
             rows.append((plain(name) + (" (not scored)" if kind == "apart" else ""), f"{flows:,}", *cells))
     return Table(
-        f"FPR by place at the limit, protocol {protocol}, {labels} labels: mean / worst fold",
+        f"FPR by place at the limit, protocol {protocol}, {labels} labels: mean/worst fold",
         ("place", "flows", *(plain(entry.title) for entry in evaluation.candidates)),
         tuple(rows),
     )
 
 
-def notes(evaluation: Evaluation) -> list[str]:
-    """Protocols that were impossible and why, folds without scores, cuts."""
+def notes(evaluation: Evaluation, *, every_fold: bool = True) -> list[str]:
+    """Protocols that were impossible and why, folds without scores, cuts; else the first note of a protocol."""
     lines = [f"{protocol} was not possible: {why}" for protocol, why in evaluation.impossible.items()]
     for entry in evaluation.entries:
         missing = [fold for scores in entry.scores.values() for fold in scores["published"].missing]
         if missing:
             lines.append(f"{entry.title} has no scores for {', '.join(missing)}")
-    seen = set()
+    seen: set[str] = set()
     for fold in evaluation.folds:
-        if fold.note and (fold.protocol, fold.note) not in seen:
-            seen.add((fold.protocol, fold.note))
+        if fold.note and (every_fold or fold.protocol not in seen):
             lines.append(f"{fold.fold}: {fold.note}")
+        seen.add(fold.protocol)
     return [plain(line) for line in lines]
 
 
@@ -170,14 +170,14 @@ def terminal(evaluation: Evaluation) -> str:
         if table is not None:
             keep = [0, 1, *range(2 + start, min(8 + start, len(table.header)))]
             _print(console, _columns(table, keep))
-    for line in notes(evaluation):
+    for line in notes(evaluation, every_fold=False):
         console.print(Text(f"- {line}"))
     return "\n".join(line.rstrip() for line in out.getvalue().splitlines()) + "\n"
 
 
 def _print_side_by_side(console: Console, evaluation: Evaluation, labels: Labels) -> None:
     table = side_by_side(evaluation, labels)
-    study = int(table.header[1] == "study")
+    study = int("study" in table.header)
     per_protocol = 4 if len(evaluation.protocols) <= 3 else 3
     keep, header = list(range(1 + study)), list(table.header[: 1 + study])
     for i, protocol in enumerate(evaluation.protocols):
@@ -224,7 +224,7 @@ def _title(entry: Entry) -> str:
 
 def _pair(mean: float | None, worst: float | None) -> str:
     first, second = percent(mean), percent(worst)
-    return first if first == second else f"{first} / {second}"
+    return first if first == second else f"{first}/{second}"
 
 
 def _intro(evaluation: Evaluation) -> str:

@@ -19,6 +19,8 @@ def _entry(name, *, value, worst=None, fpr=0.0, metric="f1", baseline=False, ide
     scores = ProtocolScores(
         folds=(),
         missing=missing,
+        benign=10,
+        malicious=9,
         counts=NO_COUNTS,
         own_counts=NO_COUNTS,
         mean=_rates(**{metric: value, "fpr": fpr}),

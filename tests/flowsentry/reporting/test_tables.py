@@ -32,9 +32,9 @@ def test_side_by_side_shows_every_protocol_and_the_study(evaluation):
 
 def test_families_show_mean_and_worst(evaluation):
     table = tables.families(evaluation, "corrected")
-    assert _row(table, "shell") == ("shell", "3", "50.00 / 33.33")
+    assert _row(table, "shell") == ("shell", "3", "50.00/33.33")
     assert _row(table, "flood") == ("flood", "2", "100.00")
-    assert _row(table, "FPR")[2] == "25.00 / 50.00"
+    assert _row(table, "FPR")[2] == "25.00/50.00"
 
 
 def test_markdown_has_all_tables_and_the_reasons(evaluation):
@@ -52,7 +52,7 @@ def test_terminal_text_fits_and_holds_the_figures(evaluation):
     assert max(map(len, text.splitlines())) <= tables.WIDTH
     assert "75.00" in text
     assert "study: Scorpoi" in text
-    assert "50.00 / 33.33" in text
+    assert "50.00/33.33" in text
 
 
 def test_many_candidates_with_long_titles_still_fit(flows, splits, model_scores):
@@ -73,7 +73,7 @@ def test_many_candidates_with_long_titles_still_fit(flows, splits, model_scores)
     )
     text = evaluation.summary_text()
     assert max(map(len, text.splitlines())) <= tables.WIDTH
-    assert text.count("50.00 / 33.33") == 9
+    assert text.count("50.00/33.33") == 9
 
 
 def test_names_from_data_cannot_break_out(flows, splits, model_scores):
