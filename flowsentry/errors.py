@@ -1,13 +1,14 @@
 """Everything that FlowSentry raises on purpose.
 
-    FlowSentryError             shown to the user as one line, without a traceback
-    ├── ConfigError             a command line or a configuration file says something impossible
-    ├── SourceError             flows cannot be read: missing, empty, damaged or of an unknown layout
-    ├── DownloadError           a published file could not be fetched whole
-    ├── ValidationFailed        too many rows of a recording are bad
-    ├── ProtocolError           a protocol cannot be carried out on these flows (one class, one family, ...)
-    ├── StoreError              a stored view, model or detector is damaged or of another version
-    └── StackError              a stack is unknown, incomplete or not reachable
+FlowSentryError             shown to the user as one line, without a traceback
+├── ConfigError             a command line or a configuration file says something impossible
+├── SourceError             flows cannot be read: missing, empty, damaged or of an unknown layout
+├── DownloadError           a published file could not be fetched whole
+├── ValidationFailed        too many rows of a recording are bad
+├── ProtocolError           a protocol cannot be carried out on these flows (one class, one family, ...)
+├── NothingSelected             no candidate may ship
+├── StoreError              a stored view, model or detector is damaged or of another version
+└── StackError              a stack is unknown, incomplete or not reachable
 """
 
 from __future__ import annotations
@@ -35,6 +36,10 @@ class ValidationFailed(FlowSentryError):
 
 class ProtocolError(FlowSentryError):
     """A protocol cannot be carried out on these flows."""
+
+
+class NothingSelected(FlowSentryError):
+    """No candidate may ship."""
 
 
 class StoreError(FlowSentryError):

@@ -61,11 +61,15 @@ SCHEMA: Final = (
     Column("dst_workload", "category", "", "workload (namespace/name) of the destination address", "source"),
     Column("family", "category", "", "which attack; missing for benign flows", "truth"),
     Column("group", "category", "", "group of similar families, held out together; missing for benign", "truth"),
-    Column("exchange", "int64", "", "the real conversation; twins and replies share it; unique over recordings", "truth"),
+    Column(
+        "exchange", "int64", "", "the real conversation; twins and replies share it; unique over recordings", "truth"
+    ),
     Column("episode", "category", "", "one run of an attack or of a hard negative", "truth"),
     Column("role", "category", "", "forward, reply or twin", "truth"),
     Column("hard_negative", "category", "", "which benign trouble; missing elsewhere", "truth"),
-    Column("corrected", "category", "", "the label after the versioned corrections; equals label without any", "derived"),
+    Column(
+        "corrected", "category", "", "the label after the versioned corrections; equals label without any", "derived"
+    ),
     Column("flow", "int64", "", "number of the flow, from 0, in order of first report", "derived"),
 )
 BY_NAME: Final = {column.name: column for column in SCHEMA}
@@ -88,7 +92,7 @@ def conform(table: pd.DataFrame) -> pd.DataFrame:
     unknown = [name for name in table.columns if name not in BY_NAME]
     if missing or unknown:
         raise KeyError(f"not the canonical schema: missing {missing}, unknown {unknown}")
-    columns = {c.name: table[c.name].astype(c.dtype) for c in SCHEMA if c.name in table}
+    columns = {c.name: table[c.name].astype(pd.api.types.pandas_dtype(c.dtype)) for c in SCHEMA if c.name in table}
     return pd.DataFrame(columns).reset_index(drop=True)
 
 

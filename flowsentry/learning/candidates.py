@@ -7,6 +7,7 @@ choice of parameters either. What ships is the fit of the protocol `random`, who
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,13 +19,14 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flowsentry import detector as detectors
-from flowsentry.detector import Detector
+from flowsentry.detector import Detector, Tail
 from flowsentry.errors import ProtocolError, StoreError
 from flowsentry.features import paper
 from flowsentry.features.splits import Fold, Splits
 from flowsentry.features.transform import Transform
 from flowsentry.features.views import FeatureSet
 from flowsentry.flows.schema import is_malicious
+from flowsentry.learning.baselines import FittedBaseline, fit_baselines
 from flowsentry.learning.families import Family
 from flowsentry.learning.model import Parameter
 from flowsentry.learning.search import (
@@ -139,9 +141,7 @@ def train(
         scores.append(score_fold(fitted, features, splits, fold))
         if fold.protocol == "random":
             shipped, of_random = fitted, result
-    table = pd.concat(scores, ignore_index=True)
-    table["fold"] = table["fold"].astype("category")
-    return Candidate(family.name, of_random, fold_params, table, shipped, time.perf_counter() - begin)
+    return Candidate(family.name, of_random, fold_params, _joined(scores), shipped, time.perf_counter() - begin)
 
 
 def fit_fold(
@@ -192,6 +192,40 @@ def score_fold(detector: Detector, features: FeatureSet, splits: Splits, fold: F
     flow, score = detectors.worst(detector.score(rows), rows["flow"].to_numpy())
     _, predicted = detectors.worst(detector.predict(rows).astype(float), rows["flow"].to_numpy())
     return score_table(fold, flow, score, detector.limit, predicted > 0)
+
+
+def judge_baselines(
+    features: FeatureSet, flows: pd.DataFrame, splits: Splits, recipe: Recipe
+) -> dict[str, tuple[FittedBaseline, pd.DataFrame]]:
+    """Fit every baseline in every fold, with limits set as for candidates.
+
+    Returns:
+        By name: the baseline as fitted in the first fold, and its scores as `Candidate.scores`.
+    """
+    names = [feature.name for feature in features.manifest.features if feature.kind != "category"]
+    per_flow = features.rows.groupby("flow")[names].max().reindex(flows.index)
+    malicious = is_malicious(flows[LABEL_COLUMN[recipe.labels]])
+    limit = -math.log10(recipe.target_fpr)
+    first: dict[str, FittedBaseline] = {}
+    scores: dict[str, list[pd.DataFrame]] = {}
+    for fold in splits.folds:
+        part = splits.parts[fold.name]
+        fit = part.eq("fit").to_numpy()
+        calibration = part.eq("calibration").to_numpy() & ~malicious
+        judged = part.isin(SCORED_PARTS).to_numpy()
+        for baseline in fit_baselines(flows[fit], per_flow[fit], malicious[fit], recipe.seed):
+            first.setdefault(baseline.name, baseline)
+            tail = Tail.fit(baseline.score(flows[calibration], per_flow[calibration]), int(calibration.sum()))
+            raw = baseline.score(flows[judged], per_flow[judged])
+            table = score_table(fold, np.flatnonzero(judged), tail.surprise(raw), limit, raw > 0)
+            scores.setdefault(baseline.name, []).append(table)
+    return {name: (first[name], _joined(tables)) for name, tables in scores.items()}
+
+
+def _joined(tables: list[pd.DataFrame]) -> pd.DataFrame:
+    table = pd.concat(tables, ignore_index=True)
+    table["fold"] = table["fold"].astype("category")
+    return table
 
 
 def score_table(fold: Fold, flow: np.ndarray, score: np.ndarray, limit: float, predicted: np.ndarray) -> pd.DataFrame:

@@ -1,0 +1,17 @@
+"""How artifacts are stored and shown in the ZenML dashboard. No pickle anywhere."""
+
+from materializers.folders import (
+    CandidateMaterializer,
+    DetectorMaterializer,
+    FeatureSetMaterializer,
+    SplitsMaterializer,
+)
+from materializers.tables import TableMaterializer
+
+__all__ = [
+    "CandidateMaterializer",
+    "DetectorMaterializer",
+    "FeatureSetMaterializer",
+    "SplitsMaterializer",
+    "TableMaterializer",
+]

@@ -1,0 +1,80 @@
+"""What a finished run left: its pages on disk, and what to print."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+from zenml.client import Client
+from zenml.models import PipelineRunResponse
+
+from flowsentry.errors import ConfigError
+
+PAGES = {
+    ("validate", "validation_page"): "validation.html",
+    ("engineer", "view_page"): "view.html",
+    ("evaluate", "report"): "evaluation.html",
+    ("select", "model_card"): "model_card.html",
+}
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """A finished run."""
+
+    run_name: str
+    status: str
+    text: str
+    """Tables, decision, and where to look next."""
+    files: tuple[Path, ...]
+
+
+def run_name(pipeline: str) -> str:
+    """A name that no other run has."""
+    return f"{pipeline}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
+
+
+def summarise(name: str, reports: str) -> RunSummary:
+    """Write the pages of a run to `reports/<run>` and say what it found.
+
+    Args:
+        name: of the run.
+        reports: folder, made if absent.
+
+    Raises:
+        ConfigError: the folder cannot be written.
+    """
+    run = Client().get_pipeline_run(name)
+    folder = Path(reports) / name
+    contents = {file: _output(run, *place) for place, file in PAGES.items()}
+    evaluation = _output(run, "evaluate", "evaluation")
+    parts = []
+    if evaluation is not None:
+        contents |= {"evaluation.json": evaluation.to_json(), "evaluation.md": evaluation.to_markdown()}
+        parts.append(evaluation.summary_text())
+    quarantine = _output(run, "validate", "quarantine")
+    if isinstance(quarantine, pd.DataFrame) and len(quarantine):
+        contents["quarantine.csv"] = quarantine.to_csv(index=False)
+    written = tuple(folder / file for file, content in contents.items() if content is not None)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in written:
+            path.write_text(str(contents[path.name]), encoding="utf-8")
+    except OSError as error:
+        raise ConfigError(f"reports: cannot write to {folder}: {error.strerror}; name another folder") from error
+    if (selection := _output(run, "select", "selection")) is not None:
+        version = _output(run, "register", "model_version")
+        parts.append(f"Selected: {selection.reason}")
+        parts.append(f"Model:    flowsentry, version {version}, stage staging")
+    parts.append(f"Run:      {name}; `make dashboard` opens ZenML's dashboard, `make mlflow` all candidates")
+    parts += [f"Page:     {path}" for path in written]
+    return RunSummary(name, str(run.status), "\n".join(parts), written)
+
+
+def _output(run: PipelineRunResponse, step: str, output: str) -> Any:
+    """An output of a step, None if the run did not come that far."""
+    found = run.steps[step].outputs.get(output) if step in run.steps else None
+    return found[0].load() if found else None

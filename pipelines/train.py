@@ -1,0 +1,89 @@
+"""The pipeline `train`: from files to a selected detector."""
+
+from __future__ import annotations
+
+from zenml import pipeline
+from zenml.config.cache_policy import CachePolicy
+
+from flowsentry.config import TrainConfig
+from flowsentry.errors import NothingSelected, ValidationFailed
+from flowsentry.flows import sources
+from flowsentry.learning.candidates import Recipe
+from flowsentry.simulation import SimulationSettings
+from pipelines.summary import RunSummary, run_name, summarise
+from steps.code_digest import code_digest
+from steps.engineer import engineer
+from steps.evaluate import evaluate
+from steps.load import load
+from steps.register import register
+from steps.select import select
+from steps.train_sweep import train_sweep
+from steps.validate import validate
+
+
+@pipeline(name="train", execution_mode="fail_fast", cache_policy=CachePolicy(cache_func=code_digest))
+def train(
+    data: list[str],
+    digests: dict[str, str],
+    simulation: SimulationSettings,
+    max_quarantine_share: float,
+    view: str,
+    split_seed: int,
+    rotations: int,
+    families: list[str],
+    recipe: Recipe,
+    protocol: str,
+    metric: str,
+    max_fpr: float,
+) -> None:
+    """Load → validate → engineer → train_sweep (one step for each family) → evaluate → select → register."""
+    reports, unreadable_rows, files = load(data, digests, simulation)
+    valid_reports, _, rules, rows, _ = validate(reports, unreadable_rows, max_quarantine_share)
+    flows, features, splits, _ = engineer(valid_reports, files, rules, view, split_seed, rotations)
+    candidates = [
+        train_sweep(features, flows, splits, family, recipe, id=f"train_sweep_{family}") for family in families
+    ]
+    evaluation, _ = evaluate(candidates, features, flows, splits, recipe, rows)
+    selection, detector, _, _ = select(evaluation, candidates, flows, splits, recipe, protocol, metric, max_fpr)
+    register(detector, selection)
+
+
+def run(config: TrainConfig, *, cache: bool) -> RunSummary:
+    """Run the pipeline on the active stack and write its pages to the folder of reports.
+
+    Args:
+        config: what to do.
+        cache: take the result of a step from an earlier run with the same inputs and the same code.
+
+    Raises:
+        FlowSentryError: what went wrong, from whichever step; the pages made so far are written all the same.
+    """
+    data = [] if config.simulated else list(config.data)
+    name = run_name("train")
+    configured = train.with_options(run_name=name, enable_cache=cache)
+    try:
+        configured(
+            data=data,
+            digests=sources.digests(data),
+            simulation=config.simulation,
+            max_quarantine_share=config.validation.max_quarantine_share,
+            view=config.view,
+            split_seed=config.splits.seed,
+            rotations=config.splits.rotations,
+            families=list(config.families),
+            recipe=Recipe(
+                labels=config.labels,
+                metric=config.search.metric,
+                inner_folds=config.search.folds,
+                target_fpr=config.limit.target_fpr,
+                needs_effect=config.limit.minimum_effect,
+                seed=config.splits.seed,
+            ),
+            protocol=config.select.protocol,
+            metric=config.select.metric,
+            max_fpr=config.select.max_fpr,
+        )
+    except (NothingSelected, ValidationFailed) as error:
+        summary = summarise(name, config.reports)
+        raise type(error)(f"{error}\n{summary.text}") from error
+    return summarise(name, config.reports)

@@ -1,0 +1,1 @@
+"""ZenML steps: each turns configuration and artifacts into calls of `flowsentry`."""

@@ -1,0 +1,93 @@
+"""Step select: the candidate that ships, or none."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import pandas as pd
+from zenml import log_metadata, step
+from zenml.types import HTMLString
+
+from flowsentry.detector import Detector
+from flowsentry.errors import NothingSelected
+from flowsentry.features.splits import Splits
+from flowsentry.flows.schema import BENIGN, MALICIOUS
+from flowsentry.learning.candidates import Candidate, Recipe
+from flowsentry.learning.selection import Selection, choose
+from flowsentry.reporting.evaluation import validation_scores
+from flowsentry.reporting.model_card import model_card, model_card_html
+from flowsentry.reporting.results import Evaluation
+from materializers import DetectorMaterializer, TableMaterializer
+
+
+@step(output_materializers={"detector": DetectorMaterializer, "validation_verdicts": TableMaterializer})
+def select(
+    evaluation: Evaluation,
+    candidates: list[Candidate],
+    flows: pd.DataFrame,
+    splits: Splits,
+    recipe: Recipe,
+    protocol: str,
+    metric: str,
+    max_fpr: float,
+) -> tuple[
+    Annotated[Selection, "selection"],
+    Annotated[Detector, "detector"],
+    Annotated[pd.DataFrame, "validation_verdicts"],
+    Annotated[HTMLString, "model_card"],
+]:
+    """Choose by the configured metric and protocol; nothing ships that does not beat the identity-free baselines.
+
+    Args:
+        evaluation: of all candidates and baselines.
+        candidates: the same candidates.
+        flows: flow table.
+        splits: folds of all protocols.
+        recipe: how the candidates were trained.
+        protocol: whose scores decide.
+        metric: which score decides.
+        max_fpr: highest mean FPR that a candidate may have, for the metric recall.
+
+    Returns:
+        The decision; the detector with its model card; its verdicts on the untouched validation split, which
+        whatever serves it is held to; the card as a page.
+
+    Raises:
+        NothingSelected: no candidate is good enough.
+    """
+    selection = choose(evaluation, protocol=protocol, metric=metric, labels=recipe.labels, max_fpr=max_fpr)
+    log_metadata({"decision": selection.chosen or "nothing", "reason": selection.reason, "scores": _scores(selection)})
+    if selection.chosen is None:
+        raise NothingSelected(selection.reason)
+    candidate = next(c for c in candidates if c.family == selection.chosen)
+    parts = splits.parts["random"]
+    card = model_card(
+        evaluation=evaluation,
+        selection=selection,
+        manifest=candidate.detector.manifest,
+        parameters=candidate.search.best,
+        rows={str(part): int(count) for part, count in parts.value_counts().items() if count},
+        target_fpr=recipe.target_fpr,
+        validation=validation_scores(flows, splits, {candidate.family: candidate.scores})[candidate.family],
+    )
+    verdicts = _validation_verdicts(candidate, flows, splits)
+    print(f"selected: {selection.reason}")
+    return selection, candidate.detector.with_card(card), verdicts, HTMLString(model_card_html(card))
+
+
+def _scores(selection: Selection) -> dict[str, Any]:
+    return {
+        ranked.name: {key: value for key, value in ranked.model_dump().items() if value is not None}
+        for ranked in selection.ranking
+    }
+
+
+def _validation_verdicts(candidate: Candidate, flows: pd.DataFrame, splits: Splits) -> pd.DataFrame:
+    """What the detector says of the validation flows: place of the flow's last report, truth, score and label."""
+    validation = splits.rows("random", "validation")
+    scores = candidate.scores[candidate.scores["fold"] == "random"].set_index("flow").loc[validation]
+    columns = [c for c in ("recording", "file", "row", "flow_id", "label", "corrected", "family") if c in flows]
+    verdicts = flows.loc[validation, columns].reset_index(names="flow")
+    verdicts["anomaly_score"] = scores["score"].to_numpy()
+    verdicts["verdict"] = pd.Series(scores["flagged"].to_numpy()).map({True: MALICIOUS, False: BENIGN})
+    return verdicts
