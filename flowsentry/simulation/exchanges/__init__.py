@@ -33,6 +33,8 @@ MILLISECOND: Final = 1_000_000
 
 SYN, RST, ACK, PADDED_RST = 74, 54, 66, 60
 """Sizes of packets without payload over IPv4, bytes with the Ethernet header."""
+FULL: Final = 1_440
+"""Most bytes of a packet, on average."""
 
 COLUMNS: Final[Mapping[str, tuple[str, int | None]]] = {
     "client": ("int64", None),  # who begins
@@ -141,8 +143,8 @@ def sized(rng: np.random.Generator, total: Integers, src_share: float, transport
     return {
         "src_bytes": src_bytes,
         "dst_bytes": total - src_bytes,
-        "src_packets": src_packets,
-        "dst_packets": packets - src_packets,
+        "src_packets": np.maximum(src_packets, -(-src_bytes // FULL)),
+        "dst_packets": np.maximum(packets - src_packets, -(-(total - src_bytes) // FULL)),
     }
 
 
