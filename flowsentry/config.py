@@ -76,6 +76,8 @@ class SelectSettings(Section):
 
     protocol: Literal["family", "random", "time", "recording"] = "family"
     metric: Literal["accuracy", "balanced_accuracy", "recall", "f1"] = "recall"
+    max_fpr: float = Field(default=0.005, gt=0, le=1)
+    """With the metric `recall`, the highest false-positive rate that a candidate may have, as a fraction."""
 
 
 class TrainConfig(Section):

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from flowsentry import telemetry
+
+telemetry.disable()
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 
@@ -28,3 +33,24 @@ def real_flows() -> Path:
 def may_sample() -> Path:
     """100 unmodified records of May 2021 of the AssureMOSS dataset."""
     return _real_data_file("elastic_may2021_sample.csv")
+
+
+@pytest.fixture(scope="session")
+def isolated_zenml(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """A ZenML of its own, shared by the tests of a session; the user's is not touched.
+
+    Gives its configuration folder.
+    """
+    from zenml.client import Client
+    from zenml.config.global_config import GlobalConfiguration
+
+    folder = tmp_path_factory.mktemp("zenml")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ZENML_CONFIG_PATH", str(folder))
+        patch.delenv("ZENML_ACTIVE_STACK_ID", raising=False)
+        patch.delenv("ZENML_STORE_URL", raising=False)
+        GlobalConfiguration._reset_instance()
+        Client._reset_instance()
+        yield folder
+    GlobalConfiguration._reset_instance()
+    Client._reset_instance()

@@ -1,0 +1,135 @@
+"""Run a pipeline of FlowSentry."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import importlib
+import os
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Final, NoReturn
+
+from flowsentry import telemetry
+from flowsentry.config import TrainConfig, load
+from flowsentry.errors import ConfigError, FlowSentryError, StackError
+
+if TYPE_CHECKING:
+    from pipelines.summary import RunSummary
+
+ROOT: Final = Path(__file__).resolve().parent
+
+
+@dataclass(frozen=True)
+class Pipeline:
+    """What can be run, and what it is run with when nothing else is said."""
+
+    summary: str
+    module: str
+    config: Path
+    model: type[TrainConfig]
+
+
+PIPELINES: Final[dict[str, Pipeline]] = {
+    "train": Pipeline(
+        summary="from flows to a selected detector: load, validate, engineer, train, evaluate, select",
+        module="pipelines.train",
+        config=ROOT / "configs" / "train.yaml",
+        model=TrainConfig,
+    ),
+}
+
+EPILOG: Final = f"""\
+pipelines:
+{chr(10).join(f"  {name:<12}{pipeline.summary}" for name, pipeline in PIPELINES.items())}
+
+examples:
+  python run.py --pipeline train
+  python run.py --pipeline train --config configs/paper.yaml --data flows.csv.gz
+  python run.py --pipeline train --data recordings/ 'more/*.parquet'
+
+Exit status: 0 if the run did what was asked, 1 if it failed, 2 if the request itself was wrong.
+FLOWSENTRY_TELEMETRY=on lets the libraries send usage reports; without it nothing is sent."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message}; see python run.py --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python run.py",
+        description=__doc__,
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--pipeline", metavar="NAME", required=True, help="which pipeline, see below")
+    parser.add_argument("--stack", metavar="NAME", default="local", help="where it runs: a file in stacks/ (local)")
+    parser.add_argument("--config", metavar="FILE", type=Path, help="its settings (configs/<pipeline>.yaml)")
+    parser.add_argument(
+        "--data", metavar="FLOWS", nargs="+", help="files, folders, globs, or simulate; instead of the config's data"
+    )
+    parser.add_argument("--no-cache", action="store_true", help="run every step, also those with nothing new to do")
+    return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what the command line asks for; gives the exit status."""
+    telemetry.disable()  # before ZenML and MLflow are imported, which is done below
+    try:
+        asked = _parser().parse_args(arguments)
+        pipeline = _pipeline(asked.pipeline)
+        config = load(asked.config or pipeline.config, pipeline.model)
+        if asked.data:
+            config = pipeline.model.model_validate(config.model_dump() | {"data": asked.data})
+        _check_writable(Path(config.reports))
+        summary = _run(pipeline, config, stack=asked.stack, cache=not asked.no_cache)
+    except FlowSentryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2 if isinstance(error, ConfigError) else 1
+    except KeyboardInterrupt:
+        print("error: interrupted", file=sys.stderr)
+        return 130
+    print(f"\n{summary.text}")
+    return 0 if summary.status == "completed" else 1
+
+
+def _pipeline(name: str) -> Pipeline:
+    if name in PIPELINES:
+        return PIPELINES[name]
+    near = difflib.get_close_matches(name, PIPELINES, n=1)
+    hint = f"did you mean {near[0]}? " if near else ""
+    raise ConfigError(f"pipeline {name} is unknown; {hint}Known: {', '.join(PIPELINES)}")
+
+
+def _check_writable(folder: Path) -> None:
+    """Before minutes of work, not after."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(f"{folder}: reports cannot be written there: {error.strerror}") from None
+
+
+def _run(pipeline: Pipeline, config: TrainConfig, *, stack: str, cache: bool) -> RunSummary:
+    if not sys.stdout.isatty():
+        os.environ.setdefault("ZENML_LOGGING_COLORS_DISABLED", "true")
+    try:
+        from stacks import apply, console  # imports ZenML: seconds, and log output that has to be tamed first
+
+        console.quiet()
+        apply.activate(stack)
+    except OSError as error:
+        raise StackError(f"ZenML cannot use its folder {error.filename or ''}: {error.strerror}") from None
+    summary: RunSummary = importlib.import_module(pipeline.module).run(config, cache=cache)
+    return summary
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""ZenML stacks as files, in the form of `zenml stack export`, and the code that puts one to use."""
