@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NoReturn
 
+from pydantic import ValidationError
+
 from flowsentry import telemetry
 from flowsentry.config import TrainConfig, load
 from flowsentry.errors import ConfigError, FlowSentryError, StackError
@@ -51,7 +53,7 @@ examples:
   python run.py --pipeline train --config configs/paper.yaml --data flows.csv.gz
   python run.py --pipeline train --data recordings/ 'more/*.parquet'
 
-Exit status: 0 if the run did what was asked, 1 if it failed, 2 if the request itself was wrong.
+Exit status: 0 if the run did what was asked, 1 if it failed, 2 if the command line or the config is wrong.
 FLOWSENTRY_TELEMETRY=on lets the libraries send usage reports; without it nothing is sent."""
 
 
@@ -86,7 +88,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         pipeline = _pipeline(asked.pipeline)
         config = load(asked.config or pipeline.config, pipeline.model)
         if asked.data:
-            config = pipeline.model.model_validate(config.model_dump() | {"data": asked.data})
+            config = _with_data(config, asked.data)
         _check_writable(Path(config.reports))
         summary = _run(pipeline, config, stack=asked.stack, cache=not asked.no_cache)
     except FlowSentryError as error:
@@ -105,6 +107,13 @@ def _pipeline(name: str) -> Pipeline:
     near = difflib.get_close_matches(name, PIPELINES, n=1)
     hint = f"did you mean {near[0]}? " if near else ""
     raise ConfigError(f"pipeline {name} is unknown; {hint}Known: {', '.join(PIPELINES)}")
+
+
+def _with_data(config: TrainConfig, data: list[str]) -> TrainConfig:
+    try:
+        return type(config).model_validate(config.model_dump() | {"data": data})
+    except ValidationError as error:
+        raise ConfigError(f"--data {error.errors()[0]['ctx']['error']}") from None
 
 
 def _check_writable(folder: Path) -> None:

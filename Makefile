@@ -1,0 +1,75 @@
+# The same targets for people and for CI. `make help` lists them.
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+
+VENV := .venv
+RUN := $(VENV)/bin/python
+UV := .uv/bin/uv
+# Another interpreter: make train PYTHON=/path/to/python3.12
+PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
+	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && command -v $$p && break; done)
+SOURCES := flowsentry steps pipelines materializers stacks tests benchmarks run.py
+
+.PHONY: help
+help: ## List the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+
+.PHONY: setup
+setup: $(VENV)/locked ## Install the locked environment into .venv (again only if the lock changed)
+
+# Made last, so that an installation that was interrupted is done again.
+$(VENV)/locked: requirements/dev.txt $(UV)
+	@test -x $(VENV)/bin/python || $(UV) venv --quiet --python "$$("$(PYTHON)" -c 'import sys; print(sys.executable)')" $(VENV)
+	@echo "Installing the locked environment into $(VENV) ..."
+	@VIRTUAL_ENV=$(VENV) $(UV) pip sync --quiet --require-hashes --compile-bytecode requirements/dev.txt
+	@touch $@
+
+# uv itself is checked by hash too, and lives apart: `pip sync` removes from .venv whatever is not in the lock.
+$(UV): requirements/uv.txt
+	@test -n "$(PYTHON)" || { echo "error: Python 3.11 or 3.12 is needed, but not found; name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' || { echo "error: $(PYTHON) is not Python 3.11 or 3.12" >&2; exit 1; }
+	@echo "Setting up uv with $(PYTHON) ..."
+	@"$(PYTHON)" -m venv --clear .uv
+	@.uv/bin/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements/uv.txt
+	@touch $@
+
+.PHONY: train
+train: setup ## Train on simulated flows, on this machine; nothing to configure
+	@$(RUN) run.py --pipeline train
+
+.PHONY: test
+test: check ## Check the code, then run all tests
+	@$(RUN) -m pytest
+
+.PHONY: check
+check: setup ## Lint, formatting, types
+	@$(RUN) -m ruff check $(SOURCES)
+	@$(RUN) -m ruff format --check $(SOURCES)
+	@$(RUN) -m mypy
+
+.PHONY: bench
+bench: setup ## Measure every figure that the documentation quotes
+	@$(RUN) -m benchmarks
+
+.PHONY: dashboard
+dashboard: setup ## Open ZenML's dashboard: runs, artifacts, reports
+	@ZENML_ANALYTICS_OPT_IN=$${ZENML_ANALYTICS_OPT_IN:-false} $(VENV)/bin/zenml login --local
+
+.PHONY: mlflow
+mlflow: setup ## Open MLflow: every candidate with its parameters, metrics and model
+	@$(RUN) -m stacks.mlflow_ui
+
+.PHONY: lock
+lock: $(UV) ## Resolve pyproject.toml into requirements/ again; packages named in UPGRADE="a b" may move
+	@for extra in "runtime" "dev"; do \
+		$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+			$$(test $$extra = dev && echo --extra dev) $(addprefix --upgrade-package ,$(UPGRADE)) \
+			pyproject.toml -o requirements/$$extra.txt; \
+	done
+
+.PHONY: clean
+clean: ## Remove the environment and everything that can be made again
+	@rm -rf $(VENV) .uv .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +
