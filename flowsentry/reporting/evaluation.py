@@ -49,6 +49,8 @@ LABEL_COLUMNS: Final[Mapping[Labels, str]] = {"published": "label", "corrected":
 SCORE_COLUMNS: Final = ("fold", "flow", "score", "flagged", "predicted")
 UNNAMED: Final = "unnamed"
 """Family of malicious flows of which the source does not say which attack they are."""
+UNPLACED: Final = "malicious when corrected"
+"""Place of flows that are benign as published only: places are those of flows benign on the corrected labels."""
 APART: Final = ("warm-up", "last-tick")
 
 
@@ -200,6 +202,9 @@ class _Truth:
             families = (*families, UNNAMED)
         group, groups = _codes(flows, "group")
         place, places = _codes(flows, "place")
+        unplaced = known & ~malicious & (place < 0)
+        if places and unplaced.any():
+            place, places = np.where(unplaced, len(places), place), (*places, UNPLACED)
         return cls(known, malicious, family, families, group, groups, place, places)
 
 

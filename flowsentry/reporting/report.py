@@ -203,7 +203,7 @@ def _time_line(evaluation: Evaluation, flows: pd.DataFrame, rows: Pooled) -> obj
     recording = flows["recording"].cat.codes.to_numpy()[rows.position]
     largest = np.bincount(recording[recording >= 0]).argmax() if (recording >= 0).any() else -1
     keep = recording == largest
-    times = pd.DatetimeIndex(flows["time"].to_numpy()[rows.position[keep]], tz="UTC")
+    times = pd.DatetimeIndex(flows["time"]).take(rows.position[keep])
     chosen = Pooled(rows.position[keep], rows.malicious[keep], rows.score[keep], rows.flagged[keep])
     return charts.time_line(times, chosen, evaluation.limit)
 
@@ -262,7 +262,8 @@ def _histogram(feature: Feature, column: pd.Series, classes: Mapping[str, np.nda
     if not finite.any():
         return None
     low, high = float(values[finite].min()), float(values[finite].max())
-    logarithmic = bool(low >= 0 and high > 100 * max(float(np.median(values[finite])), 0.1))
+    medians = [float(np.median(values[own])) for chosen in classes.values() if (own := chosen & finite).any()]
+    logarithmic = low >= 0 and high > 100 * max(min(medians, default=high), 0.1)
     scaled: Floats = np.log1p(values) if logarithmic else values
     first, last = (float(np.log1p(low)), float(np.log1p(high))) if logarithmic else (low, high)
     if first == last:

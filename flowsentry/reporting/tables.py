@@ -189,21 +189,12 @@ def _print_side_by_side(console: Console, evaluation: Evaluation, labels: Labels
 
 
 def _print(console: Console, table: Table) -> None:
-    rich = RichTable(
-        title=Text(table.title),
-        title_justify="left",
-        box=box.SIMPLE_HEAD,
-        padding=(0, 1, 0, 0),
-        pad_edge=False,
-    )
-    rich.title_style = "bold"
+    console.print(Text(f"\n{table.title}"))
+    rich = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for i, name in enumerate(table.header):
         text = Text(name.replace("recording", "record."))
         rich.add_column(
-            text,
-            justify="left" if i < table.names else "right",
-            overflow="fold",
-            max_width=24 if i == 0 else 13,
+            text, justify="left" if i < table.names else "right", overflow="fold", max_width=24 if i == 0 else 12
         )
     for row in table.rows:
         rich.add_row(*(Text(cell) for cell in row))

@@ -36,6 +36,12 @@ def test_published_labels_call_the_reply_a_false_alarm(evaluation):
     assert scores.counts.model_dump() == {"tp": 1, "fp": 2, "tn": 2, "fn": 1}
     assert scores.mean.fpr == 0.5
     assert scores.families["shell"].flows == 1
+    assert scores.places["malicious when corrected"].model_dump() == {
+        "flows": 1,
+        "mean": 1.0,
+        "worst": 1.0,
+        "worst_fold": "random",
+    }
     assert evaluation.corrections == 1
     assert evaluation.label_sets == ("published", "corrected")
 
