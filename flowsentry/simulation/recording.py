@@ -16,6 +16,7 @@ from flowsentry.simulation.exchanges.benign import everyday
 from flowsentry.simulation.exchanges.episodes import episode_names
 from flowsentry.simulation.exchanges.hard_negatives import trouble
 from flowsentry.simulation.flows import ROLES, pass_wires
+from flowsentry.simulation.randomness import randomness
 from flowsentry.simulation.settings import GROUPS, HARD_NEGATIVES, SimulationSettings
 from flowsentry.simulation.world import SECOND, Integers, build
 
@@ -23,8 +24,6 @@ RECORDING: Final = "simulate"
 FIRST_DAY: Final = pd.Timestamp("2024-01-01T08:00:00Z")
 REPLY_SHARE: Final = 0.01
 SWAPPED_SHARE: Final = 0.03
-
-WORLD, EVERYDAY, TROUBLE, ASSAULTS, WIRES, METER = range(6)
 
 
 def simulate(settings: SimulationSettings) -> pd.DataFrame:
@@ -37,15 +36,15 @@ def simulate(settings: SimulationSettings) -> pd.DataFrame:
         Reports in arrival order in the canonical schema, with truth; nothing is `corrected` or given a `flow`.
     """
     end = settings.minutes * 60 * SECOND
-    world = build(settings.minutes, _source(settings, WORLD))
-    usual = everyday(settings, world, _source(settings, EVERYDAY))
-    benign = trouble(settings, world, usual, _source(settings, TROUBLE))
-    exchanges = join([benign, assaults(settings, world, _source(settings, ASSAULTS))])
-    wires = _source(settings, WIRES)
+    world = build(settings.minutes, randomness(settings.seed, "world"))
+    usual = everyday(settings, world, randomness(settings.seed, "everyday"))
+    benign = trouble(settings, world, usual)
+    exchanges = join([benign, assaults(settings, world)])
+    wires = randomness(settings.seed, "wires")
     exchanges["replied"] |= wires.random(len(exchanges)) < REPLY_SHARE
     exchanges["swapped"] = wires.random(len(exchanges)) < SWAPPED_SHARE
     flows = pass_wires(world, exchanges, end, wires)
-    reports = meter.observe(world, flows, end, _source(settings, METER))
+    reports = meter.observe(world, flows, end, randomness(settings.seed, "meter"))
 
     of = reports["position"].to_numpy()
     began = FIRST_DAY + pd.Timedelta(days=settings.seed % 365)
@@ -83,11 +82,6 @@ def simulate(settings: SimulationSettings) -> pd.DataFrame:
         }
     )
     return conform(table)
-
-
-def _source(settings: SimulationSettings, part: int) -> np.random.Generator:
-    """A source of randomness for one part, so that a change of one part leaves the others as they were."""
-    return np.random.Generator(np.random.PCG64(np.random.SeedSequence(settings.seed, spawn_key=(part,))))
 
 
 def _moment(began: pd.Timestamp, microseconds: Integers) -> pd.Series:

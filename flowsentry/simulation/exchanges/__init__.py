@@ -31,7 +31,7 @@ RESET: Final = 3
 MILLISECOND: Final = 1_000_000
 """Durations are nanoseconds."""
 
-SYN, RST, ACK, PADDED_RST = 74, 54, 66, 60
+SYN, RST, PADDED_RST = 74, 54, 60
 """Sizes of packets without payload over IPv4, bytes with the Ethernet header."""
 FULL: Final = 1_440
 """Most bytes of a packet, on average."""

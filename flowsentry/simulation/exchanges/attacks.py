@@ -27,6 +27,7 @@ from flowsentry.simulation.exchanges import (
 )
 from flowsentry.simulation.exchanges.benign import choose, route
 from flowsentry.simulation.exchanges.episodes import Window, windows
+from flowsentry.simulation.randomness import randomness
 from flowsentry.simulation.settings import GROUPS, Attack, SimulationSettings
 from flowsentry.simulation.world import SECOND, Integers, World
 
@@ -34,6 +35,17 @@ FREQUENT_CLIENTS: Final = 12
 """Outside attackers are among the clients that call most."""
 FOOTHOLDS: Final = ("shop/web", "blog/joomla", "ops/jobs")
 """Workloads whose pods are taken over."""
+FLOODED_FROM_OUTSIDE: Final = (("shop/web", NODE_PORT), ("ops/ssh", NODE_PORT))
+FLOODED_FROM_INSIDE: Final = (
+    ("shop/web", SERVICE),
+    ("blog/joomla", SERVICE),
+    ("shop/redis", SERVICE),
+    ("blog/mysql", DIRECT),
+    ("mesh/registry", DIRECT),
+    ("monitoring/dashboard", DIRECT),
+    ("ops/webhook", SERVICE),
+)
+"""Workloads, and the way to them."""
 BEACON_PORTS: Final = (443, 80, 8443)
 
 SESSION: Final = Quantiles(q05=1_266, q50=2_400, q95=4_200)
@@ -42,12 +54,13 @@ TUNNEL: Final = Quantiles(q05=340, q50=540, q95=900)
 TUNNEL_TIME: Final = Quantiles(q05=8, q50=35, q95=180)
 
 
-def assaults(settings: SimulationSettings, world: World, rng: np.random.Generator) -> pd.DataFrame:
+def assaults(settings: SimulationSettings, world: World) -> pd.DataFrame:
     """All exchanges of all attacks, by attack and run."""
     tables = []
     families = list(GROUPS)
     for position, name in enumerate(settings.attacks):
         shortest, longest, attack = ATTACKS[name]
+        rng = randomness(settings.seed, name)
         for window in windows(settings, len(settings.hard_negatives) + position, shortest, longest, rng):
             run = attack(settings, world, window, rng)
             tables.append(run.assign(family=families.index(name), episode=window.number))
@@ -70,21 +83,22 @@ def _foothold(world: World, start: Integers, rng: np.random.Generator) -> int:
 
 
 def _syn_flood(settings: SimulationSettings, world: World, window: Window, rng: np.random.Generator) -> pd.DataFrame:
-    """SYNs to the web server in waves: from outside to its node port, or from a pod to its service address."""
+    """SYNs to any service in use, in waves: from outside to a node port, or from a pod."""
     n = _volume(settings, 1_000, 60, rng)
     wave = 10 * SECOND
     strength = rng.gamma(1.0, 1.0, max(1, (window.end - window.start) // wave))
     which = rng.choice(len(strength), n, p=strength / strength.sum())
     start = np.sort(window.start + which * wave + rng.integers(0, wave, n))
-    outside = rng.random() < 0.7
-    nat = NODE_PORT if outside else SERVICE
-    dialled, port, server, server_port = route(world, world.workloads["shop/web"], nat, None, start, rng)
+    outside = rng.random() < 0.5
+    targets = FLOODED_FROM_OUTSIDE if outside else FLOODED_FROM_INSIDE
+    target, nat = targets[rng.integers(len(targets))]
+    dialled, port, server, server_port = route(world, world.workloads[target], nat, None, start, rng)
     return table(
         n,
         client=_outsider(world, rng) if outside else _foothold(world, start, rng),
         dialled=dialled[0],
         port=port,
-        server=server,
+        server=dialled[0] if nat == DIRECT else server,
         server_port=server_port,
         nat=nat,
         start=start,

@@ -8,26 +8,25 @@ import pandas as pd
 from flowsentry.simulation.exchanges import DIRECT, SERVICE, join, mixed, refused, spread, table, unanswered
 from flowsentry.simulation.exchanges.benign import choose, route
 from flowsentry.simulation.exchanges.episodes import Window, windows
+from flowsentry.simulation.randomness import randomness
 from flowsentry.simulation.settings import HARD_NEGATIVES, HardNegative, SimulationSettings
 from flowsentry.simulation.world import Integers, World
 
 
-def trouble(
-    settings: SimulationSettings, world: World, everyday: pd.DataFrame, rng: np.random.Generator
-) -> pd.DataFrame:
+def trouble(settings: SimulationSettings, world: World, everyday: pd.DataFrame) -> pd.DataFrame:
     """Let trouble happen to everyday exchanges, and add those that it causes.
 
     Args:
         settings: of the recording.
         world: who there is.
         everyday: exchanges without trouble.
-        rng: source of randomness.
 
     Returns:
         The everyday exchanges, those with a service that is down failing, followed by the retries.
     """
     tables = [everyday]
     for kind, name in enumerate(settings.hard_negatives):
+        rng = randomness(settings.seed, name)
         for window in windows(settings, kind, 60, 120, rng):
             if name == "store-restart":
                 clients: tuple[str, ...] = ("shop/web", "shop/redis", "blog/joomla", "ops/jobs")
