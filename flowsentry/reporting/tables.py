@@ -165,6 +165,7 @@ def terminal(evaluation: Evaluation) -> str:
     console.print(Text(_LEGEND))
     for line in _study_line(evaluation):
         console.print(Text(line))
+    console.print()
     for start in range(0, len(evaluation.candidates), 6):
         table = families(evaluation, "corrected")
         if table is not None:
@@ -189,7 +190,7 @@ def _print_side_by_side(console: Console, evaluation: Evaluation, labels: Labels
 
 
 def _print(console: Console, table: Table) -> None:
-    console.print(Text(f"\n{table.title}"))
+    console.print(Text(table.title))
     rich = RichTable(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
     for i, name in enumerate(table.header):
         text = Text(name.replace("recording", "record."))
