@@ -160,9 +160,12 @@ def _derive_recording(name: str, flows: pd.DataFrame) -> tuple[pd.DataFrame, Rec
     if knows_families:
         rules = SOURCE
         malicious = published | flows["family"].notna().to_numpy(bool)
-        corrections = {"source": int((malicious & ~published).sum())}
+        if (malicious & ~published).any():
+            corrections = {"source": int((malicious & ~published).sum())}
         family = flows["family"].astype(object).mask(malicious & flows["family"].isna(), GENERIC_FAMILY)
-        group = flows["group"].astype(object).where(malicious).fillna(family) if "group" in flows else family
+        group = family
+        if "group" in flows:
+            group = flows["group"].astype(object).where(flows["group"].notna(), family).where(malicious)
     elif flows["label"].isna().all():
         rules = UNLABELLED
         family = group = pd.Series(None, index=flows.index, dtype=object)

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowsentry.flows import exchanges
+from flowsentry.flows.reports import collapse, identify
 from flowsentry.flows.schema import conform
 from flowsentry.flows.sources import read
+from flowsentry.simulation import SimulationSettings, simulate
 
 SECOND = 1_000_000_000
 
@@ -113,6 +115,22 @@ def test_any_flows_get_one_exchange_each_of_no_gap(rows: list[dict[str, object]]
     found = exchanges.find(table(rows))
     assert found.size == len(rows)
     assert set(found.tolist()) == set(range(int(found.max()) + 1))
+
+
+def pairs_within(*keys: pd.Series) -> int:
+    sizes = pd.concat(keys, axis=1).value_counts()
+    return int((sizes * (sizes - 1) // 2).sum())
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_derived_exchanges_agree_with_those_that_the_simulator_knows(seed: int) -> None:
+    reports = simulate(SimulationSettings(seed=seed, minutes=60, episodes=1))
+    flows = collapse(reports.assign(flow=identify(reports)))
+    found = pd.Series(exchanges.find(flows), index=flows.index, name="found")
+    together = pairs_within(flows["exchange"], found)
+    assert together / pairs_within(flows["exchange"]) > 0.8
+    assert together / pairs_within(found) > 0.9
+    assert found.value_counts().max() <= exchanges.MOST_VIEWS
 
 
 @pytest.fixture(scope="module")

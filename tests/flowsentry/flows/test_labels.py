@@ -192,3 +192,25 @@ def test_no_reports_give_no_truth() -> None:
     truth, report = derive(table([{}]).iloc[:0])
     assert {"family", "group", "exchange", "corrected"} <= set(truth.columns)
     assert report.recordings == ()
+
+
+def test_a_source_that_knows_of_no_attack_is_believed_too() -> None:
+    rows = table([{"exchange": 0}, {"exchange": 0}]).assign(family=None, group=None)
+    truth, report = derive(conform(rows))
+    assert truth[["family", "group"]].isna().all(axis=None)
+    assert truth["corrected"].tolist() == ["benign", "benign"]
+    assert report.versions == {"a": "source source"}
+
+
+def test_each_recording_follows_its_own_rules() -> None:
+    rows = table(
+        [{"label": None}, {"recording": "b", "label": "malicious"}, {"recording": "c"}, {"label": None, "src_port": 1}]
+    )
+    truth, report = derive(rows)
+    assert report.versions == {
+        "a": "unlabelled exchanges/1",
+        "b": "attack/1 exchanges/1",
+        "c": "attack/1 exchanges/1",
+    }
+    assert truth["corrected"].astype(object).fillna("").tolist() == ["", "malicious", "benign", ""]
+    assert truth["exchange"].nunique() == 4
