@@ -37,34 +37,23 @@ class Tail(BaseModel):
     """How rare a score is among benign flows that the model was not fitted on.
 
     Below the 99% point the share of calibration flows that score at least as high; above it an exponential tail
-    fitted to the mean excess (Pickands 1975, with shape 0). Calibration flows without an effect count, but have no
-    score: no score of theirs could be flagged.
+    fitted to the mean excess (Pickands 1975, with shape 0).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     scores: list[float]
-    """Ascending knots of calibration scores; empty if no calibration flow had an effect."""
+    """Ascending knots of calibration scores, up to the 99% point."""
     surprises: list[float]
     """-log10 of the share of calibration flows that score at least as high as each knot."""
     excess: float
     """Mean excess over the last knot."""
-    flows: int
-    """Calibration flows."""
 
     @classmethod
-    def fit(cls, scores: np.ndarray, flows: int) -> Tail:
-        """Calibrate.
-
-        Args:
-            scores: float64, the scores of the calibration flows with an effect.
-            flows: number of all calibration flows, at least 1.
-        """
+    def fit(cls, scores: np.ndarray) -> Tail:
+        """Calibrate on the scores of benign flows, float64, at least one."""
         ordered = np.sort(scores)
-        if len(ordered) == 0:
-            return cls(scores=[], surprises=[], excess=0.0, flows=flows)
-        beyond = min(math.ceil(TAIL_SHARE * flows), len(ordered))
-        threshold = ordered[-beyond]
+        threshold = ordered[-math.ceil(TAIL_SHARE * len(ordered))]
         excess = float(np.mean(ordered[ordered >= threshold] - threshold))
         knots = np.unique(ordered[ordered <= threshold])
         if len(knots) > KNOTS:
@@ -72,17 +61,14 @@ class Tail(BaseModel):
         as_high = len(ordered) - np.searchsorted(ordered, knots, side="left")
         return cls(
             scores=knots.tolist(),
-            surprises=(-np.log10((1 + as_high) / (flows + 1))).tolist(),
+            surprises=(-np.log10((1 + as_high) / (len(ordered) + 1))).tolist(),
             excess=excess,
-            flows=flows,
         )
 
     def surprise(self, scores: np.ndarray) -> np.ndarray:
-        """-log10 of the share of benign flows expected to have an effect and to score as high; 0..CEILING."""
-        if not self.scores:
-            return np.full(len(scores), min(math.log10(self.flows + 1), CEILING))
+        """-log10 of the share of benign flows expected to score as high; 0..CEILING."""
         knots = np.array(self.scores)
-        surprise = np.interp(scores, knots, self.surprises, left=min(self.surprises))
+        surprise = np.interp(scores, knots, self.surprises, left=0.0)
         beyond = np.maximum(scores - knots[-1], 0)
         spread = max(self.excess, 1e-9)
         return np.asarray(np.minimum(surprise + beyond / spread / math.log(10), CEILING))
@@ -245,9 +231,5 @@ def fit(
     transform = Transform.fit(fit_rows, manifest.features, "linear" if manifest.name == paper.NAME else "log")
     harm = [feature.harm for feature in manifest.features]
     model = fit_model(family, params, transform.apply(fit_rows), malicious, harm, seed, exchange=exchange)
-    unset = Detector(manifest, transform, model, Tail.fit(np.empty(0), 1), target_fpr, needs_effect)
-    has_effect = unset._effect(calibration_rows)
-    effective = calibration_rows[has_effect]
-    raw = model.score(transform.apply(effective)) if len(effective) else np.empty(0)
-    _, scores = worst(raw, effective["flow"].to_numpy())
-    return replace(unset, tail=Tail.fit(scores, calibration_rows["flow"].nunique()))
+    _, scores = worst(model.score(transform.apply(calibration_rows)), calibration_rows["flow"].to_numpy())
+    return Detector(manifest, transform, model, Tail.fit(scores), target_fpr, needs_effect)

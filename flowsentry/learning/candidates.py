@@ -215,7 +215,7 @@ def judge_baselines(
         judged = part.isin(SCORED_PARTS).to_numpy()
         for baseline in fit_baselines(flows[fit], per_flow[fit], malicious[fit], recipe.seed):
             first.setdefault(baseline.name, baseline)
-            tail = Tail.fit(baseline.score(flows[calibration], per_flow[calibration]), int(calibration.sum()))
+            tail = Tail.fit(baseline.score(flows[calibration], per_flow[calibration]))
             raw = baseline.score(flows[judged], per_flow[judged])
             table = score_table(fold, np.flatnonzero(judged), tail.surprise(raw), limit, raw > 0)
             scores.setdefault(baseline.name, []).append(table)
