@@ -1,0 +1,40 @@
+"""`python -m flowsentry COMMAND`: helpers beside the pipelines of run.py."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import Final
+
+from flowsentry.errors import FlowSentryError
+
+COMMANDS: Final = {
+    "download": ("flowsentry.flows.download", "fetch the published flows, with checksums and resume"),
+}
+"""Name of every command: the module with its `add_arguments(parser)` and `run(args)`, and what it does."""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command; the exit status is 0 only if it did what was asked."""
+    parser = argparse.ArgumentParser(prog="python -m flowsentry", description="Helpers beside run.py.")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, purpose) in COMMANDS.items():
+        command = importlib.import_module(module)
+        sub = commands.add_parser(name, help=purpose, description=command.__doc__)
+        command.add_arguments(sub)
+        sub.set_defaults(run=command.run)
+    args = parser.parse_args(arguments)
+    try:
+        args.run(args)
+    except FlowSentryError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
