@@ -10,6 +10,8 @@ UV := .uv/bin/uv
 # Another interpreter: make train PYTHON=/path/to/python3.12
 PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && command -v $$p && break; done)
+DASHBOARD_PORT := 8237
+MLFLOW_PORT := 5000
 SOURCES := flowsentry steps pipelines materializers stacks tests benchmarks run.py
 
 .PHONY: help
@@ -51,15 +53,18 @@ check: setup ## Lint, formatting, types
 
 .PHONY: bench
 bench: setup ## Measure every figure that the documentation quotes
-	@$(RUN) -m benchmarks
+	@for script in benchmarks/*.py; do echo "== $$script"; $(RUN) $$script; done
 
+# In the foreground, so that nothing is left behind and the user's ZenML client is not pointed anywhere else.
 .PHONY: dashboard
-dashboard: setup ## Open ZenML's dashboard: runs, artifacts, reports
-	@ZENML_ANALYTICS_OPT_IN=$${ZENML_ANALYTICS_OPT_IN:-false} $(VENV)/bin/zenml login --local
+dashboard: setup ## Serve ZenML's dashboard (runs, artifacts, reports) until Ctrl+C
+	@echo "http://127.0.0.1:$(DASHBOARD_PORT), Ctrl+C ends it"
+	@ZENML_ANALYTICS_OPT_IN=$${ZENML_ANALYTICS_OPT_IN:-false} ZENML_LOGGING_VERBOSITY=WARNING \
+		$(VENV)/bin/zenml login --local --blocking --port $(DASHBOARD_PORT)
 
 .PHONY: mlflow
-mlflow: setup ## Open MLflow: every candidate with its parameters, metrics and model
-	@$(RUN) -m stacks.mlflow_ui
+mlflow: setup ## Serve MLflow (every candidate: parameters, metrics, model) until Ctrl+C
+	@$(RUN) -m stacks.mlflow_ui --port $(MLFLOW_PORT)
 
 .PHONY: lock
 lock: $(UV) ## Resolve pyproject.toml into requirements/ again; packages named in UPGRADE="a b" may move
