@@ -12,6 +12,7 @@ from flowsentry.errors import FlowSentryError
 
 COMMANDS: Final = {
     "download": ("flowsentry.flows.download", "fetch the published flows, with checksums and resume"),
+    "simulate": ("flowsentry.simulation.command", "write a simulated recording to a file"),
 }
 """Name of every command: the module with its `add_arguments(parser)` and `run(args)`, and what it does."""
 

@@ -50,7 +50,7 @@ BEACON_PORTS: Final = (443, 80, 8443)
 
 SESSION: Final = Quantiles(q05=1_266, q50=2_400, q95=4_200)
 SESSION_TIME: Final = Quantiles(q05=200, q50=1_900, q95=10_095)
-TUNNEL: Final = Quantiles(q05=340, q50=540, q95=900)
+TUNNEL: Final = Quantiles(q05=420, q50=760, q95=1_300)
 TUNNEL_TIME: Final = Quantiles(q05=8, q50=35, q95=180)
 
 
@@ -214,7 +214,7 @@ def _bulk_exfiltration(
 
 def _dns_tunnel(settings: SimulationSettings, world: World, window: Window, rng: np.random.Generator) -> pd.DataFrame:
     """Queries that carry data out, answers that carry data in, through the cluster's own name service."""
-    n = _volume(settings, 450, 40, rng)
+    n = _volume(settings, 700, 60, rng)
     start = spread(rng, n, window.start, window.end)
     dialled, port, server, server_port = route(world, world.workloads["kube-system/coredns"], SERVICE, None, start, rng)
     return table(
@@ -240,6 +240,6 @@ ATTACKS: Final[Mapping[Attack, tuple[float, float, Run]]] = {
     "refused-beacon": (480, 900, _refused_beacon),
     "port-scan": (40, 120, _port_scan),
     "bulk-exfiltration": (180, 420, _bulk_exfiltration),
-    "dns-tunnel": (100, 240, _dns_tunnel),
+    "dns-tunnel": (60, 140, _dns_tunnel),
 }
 """Shortest and longest run, seconds, and what happens in it."""
