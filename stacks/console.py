@@ -16,7 +16,7 @@ def _worth_reading(record: logging.LogRecord) -> bool:
     if record.exc_info and isinstance(record.exc_info[1], FlowSentryError):
         return False  # whoever started the run prints it, in one line and once
     if not record.name.startswith("zenml"):
-        return True
+        return record.levelno >= logging.WARNING or record.name.startswith("flowsentry")
     if record.levelno >= logging.ERROR:
         return record.name != _STEPS  # the same error comes again, with its traceback
     if record.levelno >= logging.WARNING:
@@ -32,5 +32,6 @@ def quiet() -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.addFilter(_worth_reading)
-    for name in ("mlflow", "alembic", "great_expectations"):
+    # these two have handlers of their own
+    for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)

@@ -44,6 +44,7 @@ def test_steps_are_shown_and_the_rest_of_zenml_is_not(console: io.StringIO) -> N
 def test_warnings_and_our_own_words_are_shown(console: io.StringIO) -> None:
     logging.getLogger("zenml.orchestrators").warning("careful")
     logging.getLogger("flowsentry.flows").info("47,367 rows")
+    logging.getLogger("matplotlib.font_manager").info("generated new fontManager")
     assert console.getvalue().splitlines() == ["careful", "47,367 rows"]
 
 
