@@ -92,7 +92,7 @@ def read(data: Sequence[str | Path], on_progress: Callable[[str], None] | None =
         if resolved[path.resolve()] > 1:
             raise SourceError(f"{path} is given twice; name every file once")
     basenames = Counter(path.name for path in paths)
-    names = {path: path.name if basenames[path.name] == 1 else str(path) for path in paths}
+    names = {path: _printable(path.name if basenames[path.name] == 1 else str(path)) for path in paths}
     taken: set[str] = set()
     recordings, rejects, digests, layouts = [], [], {}, {}
     connection = connect()
@@ -105,7 +105,7 @@ def read(data: Sequence[str | Path], on_progress: Callable[[str], None] | None =
             table = _in_order(parts)
             if table.num_rows == 0 and not any(len(part.quarantine) for part in parts):
                 raise SourceError(f"{entry} has a header but no rows; give a file with flows")
-            recordings.append(_with_constant(table, "recording", _unique(recording, taken)))
+            recordings.append(_with_constant(table, "recording", _unique(_printable(recording), taken)))
     finally:
         connection.close()
     reports = _to_pandas(_one_table(recordings))
@@ -126,6 +126,8 @@ class _Part:
 
 def _files_of(entry: str, say: Callable[[str], None]) -> tuple[str, dict[Path, Layout]]:
     """Name of the recording, and its files with their layouts, all alike."""
+    if not entry:
+        raise SourceError("no data given; name a file, a folder or a glob with --data")
     path = Path(entry)
     try:
         kind = path.stat().st_mode
@@ -184,6 +186,11 @@ def _data_files(paths: Iterable[Path]) -> list[Path]:
 def _difference(one: Layout, other: Layout) -> str:
     only = sorted(set(one.columns) ^ set(other.columns))
     return f" (only one of them has {', '.join(only[:3])})" if one.kind == other.kind and only else ""
+
+
+def _printable(name: str) -> str:
+    """A name from the file system as valid text: names there are bytes of any kind."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _unique(name: str, taken: set[str]) -> str:

@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from flowsentry.errors import SourceError
 from flowsentry.flows.schema import BY_NAME, SCHEMA
@@ -217,6 +219,11 @@ def test_a_folder_is_one_recording_and_several_entries_are_several(write: Callab
     pd.testing.assert_frame_equal(globbed.reports.iloc[:, 1:], loaded.reports.iloc[:4, 1:], check_categorical=False)
 
 
+def test_names_that_are_not_text_are_made_printable(write: Callable[..., Path]) -> None:
+    path = write(text(row()), os.fsdecode(b"f\xff.csv"))
+    assert only(read([path]))["file"] == r"f\udcff.csv"
+
+
 def test_files_of_the_same_name_are_told_apart(write: Callable[..., Path]) -> None:
     one, other = write(text(row()), "a/flows.csv"), write(text(row()), "b/flows.csv")
     loaded = read([one, other])
@@ -356,8 +363,9 @@ def refused(entry: Path | str, *more: Path | str) -> str:
 def test_a_missing_file_is_refused(tmp_path: Path) -> None:
     assert "nowhere.csv does not exist" in refused(tmp_path / "nowhere.csv")
     assert "matches no file" in refused(str(tmp_path / "*.csv"))
-    with pytest.raises(SourceError, match="no data given"):
-        read([])
+    for nothing in ([], [""]):
+        with pytest.raises(SourceError, match="no data given"):
+            read(nothing)
 
 
 def test_a_folder_without_flows_is_refused(tmp_path: Path, write: Callable[..., Path]) -> None:
@@ -469,6 +477,27 @@ def test_a_file_without_permission_is_refused(write: Callable[..., Path], tmp_pa
 
 def test_pretty_printed_json_is_refused(write: Callable[..., Path]) -> None:
     assert "one event to a line" in refused(write(json.dumps(EVENT, indent=1)))
+
+
+LINES = st.text(st.characters(codec="utf-8", exclude_characters="\0"), max_size=60) | st.sampled_from(
+    [row(), row(bytes="x"), ";" * 10, "," * 10]
+)
+
+
+@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(lines=st.lists(LINES, max_size=8))
+def test_every_line_ends_up_in_exactly_one_place(write: Callable[..., Path], lines: list[str]) -> None:
+    content = text(row(), *lines)
+    loaded = read([write(content)])
+    rows = [number for number, line in enumerate(content.split("\n")[1:], 1) if line.rstrip("\r")]
+    assert sorted([*loaded.reports["row"], *loaded.quarantine["row"]]) == rows
+    assert loaded.rows_read == len(rows)
+
+
+@pytest.mark.parametrize("depth", [1_000, 90_000])
+def test_deeply_nested_json_is_only_a_bad_record(write: Callable[..., Path], depth: int) -> None:
+    bomb = '{"source":' * depth + "1" + "}" * depth
+    assert reasons(read([write(f"{bomb}\n{json.dumps(EVENT)}\n")])) == [(1, "not a flow event")]
 
 
 @pytest.mark.real_data
