@@ -19,7 +19,7 @@ from sklearn.svm import SVC
 from sklearn.tree import DecisionTreeClassifier
 
 from flowsentry.errors import ProtocolError
-from flowsentry.learning.model import Model, Parameter, Parameters
+from flowsentry.learning.model import Model, Parameter, Parameters, one_thread
 from flowsentry.learning.tails import SignedTails
 
 logger = logging.getLogger(__name__)
@@ -177,7 +177,8 @@ def fit_rows(
 ) -> Model:
     """`fit` on exactly these rows, which must hold the classes that the family needs; warnings are not hidden."""
     if family.supervised:
-        estimator = build(family, params, harm, seed).fit(X, y.astype(np.int8))
+        with one_thread():
+            estimator = build(family, params, harm, seed).fit(X, y.astype(np.int8))
         return Model(family.name, dict(params), estimator, X.shape[1], 0.0)
     benign = X[~y]
     model = Model(family.name, dict(params), SignedTails.fit(benign, harm), X.shape[1], 0.0)

@@ -12,7 +12,9 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -26,6 +28,7 @@ from sklearn.linear_model import LogisticRegression
 from sklearn.neighbors import KNeighborsClassifier
 from sklearn.svm import SVC
 from sklearn.tree import DecisionTreeClassifier
+from threadpoolctl import ThreadpoolController
 
 from flowsentry.errors import StoreError
 from flowsentry.learning.tails import COMBINATIONS, SignedTails
@@ -55,6 +58,21 @@ Parameters = Mapping[str, Parameter]
 def smoothed_log_odds(share: NDArray[np.float64], rows: NDArray[np.float64] | int) -> NDArray[np.float64]:
     """Log-odds of a share of `rows` malicious rows, half a row added to each class (Haldane's correction)."""
     return np.log((share * rows + 0.5) / ((1 - share) * rows + 0.5))
+
+
+def one_thread() -> AbstractContextManager[Any]:
+    """Compiled code called by this thread uses no further OpenMP threads.
+
+    Boosting's would wait for one another in busy loops: where other processes want the cores too, fits that take a
+    tenth of a second then take ten.
+    """
+    limit: AbstractContextManager[Any] = _thread_pools().limit(limits=1, user_api="openmp")
+    return limit
+
+
+@cache
+def _thread_pools() -> ThreadpoolController:
+    return ThreadpoolController()
 
 
 def _threaded(
@@ -110,7 +128,7 @@ class Model:
                 leaves: NDArray[np.int64] = self.estimator.apply(X)
                 return node_scores(self.estimator)[leaves]
             case "gradient_boosting":
-                return np.asarray(self.estimator.decision_function(X))
+                return _threaded(self._boosted, X)
             case _:
                 return np.asarray(self.estimator.score(X, self.params["combine"]))
 
@@ -120,6 +138,10 @@ class Model:
 
     def _malicious_share(self, X: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(self.estimator.predict_proba(X)[:, 1])
+
+    def _boosted(self, X: NDArray[np.float64]) -> NDArray[np.float64]:
+        with one_thread():
+            return np.asarray(self.estimator.decision_function(X))
 
     def save(self, folder: Path) -> None:
         """Write `model.json` and the parameters into a folder, which is made if absent."""

@@ -4,7 +4,8 @@ Three ways to spend less time than a plain grid search:
 
 - candidates that differ only in what is read from a fit share it: neighbours are queried once per metric, for
 the
-  most neighbours that any candidate wants; a deep tree is read at every depth; tails are learned once;
+  most neighbours that any candidate wants; a tree that did not reach its greatest depth counts for lower ones too;
+  tails are learned once;
 - families whose cost grows fast race: all candidates start on a sample, the better third goes on to more
 rows, the
   last few to all (successive halving: Jamieson and Talwalkar, "Non-stochastic Best Arm Identification and
@@ -31,8 +32,8 @@ from sklearn.metrics import average_precision_score, roc_curve
 from threadpoolctl import threadpool_limits
 
 from flowsentry.errors import ProtocolError
-from flowsentry.learning.families import Family, build, fit_rows, sample
-from flowsentry.learning.model import Parameter, node_scores, smoothed_log_odds
+from flowsentry.learning.families import Family, fit_rows, sample
+from flowsentry.learning.model import Parameter, smoothed_log_odds
 
 Metric = Literal["accuracy", "balanced_accuracy", "recall_at_fpr", "average_precision"]
 Budget = Literal["full", "small"]
@@ -175,7 +176,7 @@ def search(
             return results, seconds / len(members)
 
         jobs = [(members, part) for members in shared for part in parts]
-        outcomes = _in_threads(family, run, jobs)
+        outcomes = _in_threads(run, jobs)
         for g, members in enumerate(shared):
             of_group = outcomes[g * len(parts) : (g + 1) * len(parts)]
             for position, member in enumerate(members):
@@ -292,10 +293,8 @@ class _Ticker:
             self.on_progress(self.done, self.total, self.note)
 
 
-def _in_threads(family: Family, run: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
-    # Boosting has threads of its own.
-    workers = 1 if family.name == "gradient_boosting" else joblib.cpu_count()
-    with warnings.catch_warnings(), threadpool_limits(1, "blas"), ThreadPoolExecutor(workers) as pool:
+def _in_threads(run: Callable[[Any], Any], jobs: Sequence[Any]) -> list[Any]:
+    with warnings.catch_warnings(), threadpool_limits(1, "blas"), ThreadPoolExecutor(joblib.cpu_count()) as pool:
         warnings.simplefilter("ignore", ConvergenceWarning)
         return list(pool.map(run, jobs))
 
@@ -385,25 +384,12 @@ def _depths(
     harm: NDArray[np.int8],
     seed: int,
 ) -> list[NDArray[np.float64]]:
-    """One tree of the greatest depth: a node's split does not depend on how deep the tree may become.
-
-    Where two splits are equally good, scikit-learn draws, and a shallow tree of its own may draw another.
-    """
-    deepest = max(group, key=lambda params: params["max_depth"])
-    estimator = build(family, deepest, harm, seed).fit(X, y.astype(np.int8))
-    tree = estimator.tree_
-    inner = np.flatnonzero(tree.children_left != -1)
-    parent = np.zeros(tree.node_count, dtype=np.int64)
-    parent[tree.children_left[inner]] = parent[tree.children_right[inner]] = inner
-    depth = np.zeros(tree.node_count, dtype=np.int64)
-    for node in range(1, tree.node_count):
-        depth[node] = depth[parent[node]] + 1
-    leaf = estimator.apply(X_test)
-    value = node_scores(estimator)
-    scores = []
-    for params in group:
-        at = np.arange(tree.node_count)
-        while (too_deep := depth[at] > params["max_depth"]).any():
-            at = np.where(too_deep, parent[at], at)
-        scores.append(value[at[leaf]])
-    return scores
+    """A tree that stopped growing by itself is also the tree of every lower limit that it kept to."""
+    scores: dict[int, NDArray[np.float64]] = {}
+    grown, last = np.inf, np.empty(0)
+    for limit in sorted({int(params["max_depth"]) for params in group}, reverse=True):
+        if limit < grown:
+            model = fit_rows(family, {**group[0], "max_depth": limit}, X, y, harm, seed)
+            grown, last = model.estimator.get_depth(), model.score(X_test)
+        scores[limit] = last
+    return [scores[int(params["max_depth"])] for params in group]
