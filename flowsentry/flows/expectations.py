@@ -38,14 +38,15 @@ TIME_MARGIN_SECONDS: Final = 86_400
 _SECOND: Final = 1_000_000
 _TYPES: Final = {
     "int64": "int64",
-    "Int64": "int64",
-    "Int32": "int32",
+    "Int64": "float64",
+    "Int32": "float64",
     "bool": "bool",
     "category": "CategoricalDtypeType",
     "string[pyarrow]": "str",
     TIME_DTYPE: "Timestamp",
 }
-"""What Great Expectations calls the dtypes of the canonical schema."""
+"""What Great Expectations calls the dtypes of the canonical schema. Whole numbers with gaps are checked as float64
+(exact up to 2^53), because it goes through those of pandas one by one in Python."""
 
 
 @dataclass(frozen=True)
@@ -88,14 +89,18 @@ def validate(
     """
     if rows_read != len(reports) + len(quarantined_at_load):
         raise ValueError(f"{rows_read} rows read are not {len(reports)} + {len(quarantined_at_load)}")
+    for name in (column.name for column in SCHEMA if column.name in reports):
+        if reports[name].dtype != BY_NAME[name].dtype:
+            raise ValidationFailed(
+                f"column {name} is {reports[name].dtype}, not {BY_NAME[name].dtype}; read the flows again"
+            )
     table = reports.reset_index(drop=True)
-    outcome = _run_suite(table)
+    batch, suite = prepare(table)
+    outcome = batch.validate(suite, result_format="COMPLETE")
     rows_by_reason: dict[str, np.ndarray] = {}
     for check in outcome.results:
         rows = check.result.get("unexpected_index_list")
         reason = check.expectation_config.meta["reason"]
-        if rows is None and not check.success:
-            raise ValidationFailed(f"{reason}: it is {check.result.get('observed_value')}; read the flows again")
         if rows:
             found = np.asarray(rows, np.int64)
             rows_by_reason[reason] = np.union1d(rows_by_reason.get(reason, found), found)
@@ -121,12 +126,26 @@ def _great_expectations() -> tuple[Any, Any]:
     return great_expectations, great_expectations.expectations
 
 
-def suite(columns: pd.Index) -> Any:
-    """The Great Expectations suite for a table with these columns; the reason for a failing row is in each meta.
+def prepare(table: pd.DataFrame) -> tuple[Any, Any]:
+    """What Great Expectations needs: a batch with the table and the truth columns, and the suite for it.
 
     Args:
-        columns: those of the canonical schema and of `_statements`.
+        table: canonical schema, with a `RangeIndex`.
     """
+    gx, _ = _great_expectations()
+    from great_expectations.data_context.types.base import ProgressBarsConfig
+
+    gaps = {name: "float64" for name in table if BY_NAME[str(name)].dtype in ("Int32", "Int64")}
+    checked = pd.concat([table.astype(gaps), _statements(table)], axis=1)
+    context = gx.get_context(mode="ephemeral")
+    context.variables.progress_bars = ProgressBarsConfig(globally=False)
+    asset = context.data_sources.add_pandas("flows").add_dataframe_asset("reports")
+    batch = asset.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": checked})
+    return batch, _suite(checked.columns)
+
+
+def _suite(columns: pd.Index) -> Any:
+    """The suite for these columns; the reason for a failing row is in the meta of each expectation."""
     gx, gxe = _great_expectations()
     checks: list[Any] = []
     for name in (column.name for column in SCHEMA if column.name in columns):
@@ -217,18 +236,6 @@ def _is_near(table: pd.DataFrame) -> np.ndarray:
         margin = TIME_MARGIN_SECONDS * _SECOND + (high - low) // 10
         near[inside] = (times[inside] >= low - margin) & (times[inside] <= high + margin)
     return near
-
-
-def _run_suite(table: pd.DataFrame) -> Any:
-    gx, _ = _great_expectations()
-    from great_expectations.data_context.types.base import ProgressBarsConfig
-
-    checked = pd.concat([table, _statements(table)], axis=1)
-    context = gx.get_context(mode="ephemeral")
-    context.variables.progress_bars = ProgressBarsConfig(globally=False)
-    asset = context.data_sources.add_pandas("flows").add_dataframe_asset("reports")
-    batch = asset.add_batch_definition_whole_dataframe("all").get_batch({"dataframe": checked})
-    return batch.validate(suite(checked.columns), result_format="COMPLETE")
 
 
 def _bad_rows(table: pd.DataFrame, rows_by_reason: dict[str, np.ndarray]) -> pd.DataFrame:

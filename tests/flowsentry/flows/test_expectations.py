@@ -152,7 +152,7 @@ def test_nothing_good_left_fails_whatever_the_limit() -> None:
 
 
 def test_a_column_of_a_wrong_type_fails() -> None:
-    with pytest.raises(ValidationFailed, match="column bytes is not of type int64: it is float64"):
+    with pytest.raises(ValidationFailed, match="column bytes is float64, not int64"):
         check(reports().astype({"bytes": "float64"}))
 
 
