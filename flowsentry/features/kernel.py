@@ -60,6 +60,8 @@ recall is flat from 400 to 700 bytes)."""
 HEADER_BYTES: Final = 80
 """A TCP flow with at most this many bytes a packet carried nothing, where the source counts packets: a SYN with
 options in an Ethernet frame has 74 to 78."""
+IPV6_BYTES: Final = 20
+"""How much longer the header of IPv6 is."""
 EPHEMERAL_PORT: Final = 32_768
 """First port that Linux gives to clients."""
 SIZEABLE_BYTES: Final = 1_000_000.0
@@ -248,7 +250,7 @@ def _advance(
     destination_ports: np.ndarray,
     transports: np.ndarray,
     sizes: np.ndarray,
-    packets: np.ndarray,
+    payload: np.ndarray,
     durations: np.ndarray,
     features: np.ndarray,
     reversed_: np.ndarray,
@@ -288,10 +290,7 @@ def _advance(
             state = WAS_REVERSED if source_count > destination_count and not obvious else 0
         is_reversed = state & WAS_REVERSED != 0
         reversed_[i] = is_reversed
-        if packets[i] >= 0:
-            empty = transports[i] == TCP and sizes[i] <= HEADER_BYTES * packets[i]
-        else:
-            empty = transports[i] == TCP and sizes[i] <= NO_PAYLOAD_BYTES
+        empty = not payload[i]
 
         server = sources[i] if is_reversed else destinations[i]
         port = source_ports[i] if is_reversed else destination_ports[i]
@@ -472,7 +471,6 @@ class Stream:
         ticks = clock // 10_000
         if self._begin < 0:
             self._begin = int(ticks[0])
-        packets = reports["packets"].fillna(-1).to_numpy(np.int64) if "packets" in reports else np.full(len(ticks), -1)
         inputs = (
             ticks,
             hash_text(reports["flow_id"]),
@@ -483,7 +481,7 @@ class Stream:
             reports["dst_port"].fillna(0).to_numpy(np.int64),
             _transport_numbers(reports["transport"]),
             reports["bytes"].to_numpy(np.int64),
-            packets,
+            _has_payload(reports),
             reports["duration"].to_numpy(np.int64),
         )
         position = 0
@@ -600,6 +598,17 @@ def _restored(arrays: np.lib.npyio.NpzFile, kind: str, capacity: int) -> _Table:
     keys = arrays[f"{kind}_keys"]
     compact = _Table(keys, {name.removeprefix(f"{kind}_"): arrays[name] for name in names})
     return compact.rebuilt(np.ones(len(keys), bool), capacity)
+
+
+def _has_payload(reports: pd.DataFrame) -> np.ndarray:
+    """Bool [reports]: False for TCP flows that carried nothing so far; other transports always count as answered."""
+    most = np.full(len(reports), NO_PAYLOAD_BYTES, np.int64)
+    if "packets" in reports:
+        sources = reports["src_ip"].cat
+        ipv6 = sources.categories.astype("string").str.contains(":", regex=False).to_numpy(bool)[sources.codes]
+        packets = reports["packets"].fillna(-1).to_numpy(np.int64)
+        most = np.where(packets >= 0, (HEADER_BYTES + IPV6_BYTES * ipv6) * packets, most)
+    return np.asarray((_transport_numbers(reports["transport"]) != TCP) | (reports["bytes"].to_numpy(np.int64) > most))
 
 
 def _transport_numbers(transports: pd.Series) -> np.ndarray:
