@@ -119,10 +119,10 @@ def activate(name: str) -> UUID:
         ConfigError: the stack's file is not as it should be.
         StackError: there is no such stack, or it cannot be used.
     """
+    # ZenML otherwise takes the folder of whatever program runs: pytest's, or none at all in a notebook
+    source_utils.set_custom_source_root(str(FOLDER.parent))
     stack = apply(path_of(name))
     os.environ[ENV_ZENML_ACTIVE_STACK_ID] = str(stack)
-    # ZenML otherwise takes the folder of whatever program runs, which in tests is that of pytest
-    source_utils.set_custom_source_root(str(FOLDER.parent))
     return stack
 
 
