@@ -22,7 +22,10 @@ class TableMaterializer(BaseMaterializer):
 
     def load(self, data_type: type[Any]) -> pd.DataFrame:
         with self.artifact_store.open(f"{self.uri}/table.parquet", "rb") as file:
-            return pd.read_parquet(file)
+            table = pd.read_parquet(file)
+        # Parquet does not say how pandas held its strings.
+        texts = [name for name, dtype in table.dtypes.items() if isinstance(dtype, pd.StringDtype)]
+        return table.astype(dict.fromkeys(texts, "string[pyarrow]"))
 
     def save(self, data: pd.DataFrame) -> None:
         with self.artifact_store.open(f"{self.uri}/table.parquet", "wb") as file:

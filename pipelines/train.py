@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from zenml import pipeline
 from zenml.config.cache_policy import CachePolicy
+from zenml.enums import ExecutionMode
 
-from flowsentry.config import TrainConfig
+from flowsentry.config import SelectSettings, SplitSettings, TrainConfig
 from flowsentry.errors import NothingSelected, ValidationFailed
 from flowsentry.flows import sources
 from flowsentry.learning.candidates import Recipe
@@ -21,30 +22,27 @@ from steps.train_sweep import train_sweep
 from steps.validate import validate
 
 
-@pipeline(name="train", execution_mode="fail_fast", cache_policy=CachePolicy(cache_func=code_digest))
+@pipeline(name="train", execution_mode=ExecutionMode.FAIL_FAST, cache_policy=CachePolicy(cache_func=code_digest))
 def train(
     data: list[str],
     digests: dict[str, str],
     simulation: SimulationSettings,
     max_quarantine_share: float,
     view: str,
-    split_seed: int,
-    rotations: int,
+    splitting: SplitSettings,
     families: list[str],
     recipe: Recipe,
-    protocol: str,
-    metric: str,
-    max_fpr: float,
+    selecting: SelectSettings,
 ) -> None:
     """Load → validate → engineer → train_sweep (one step for each family) → evaluate → select → register."""
     reports, unreadable_rows, files = load(data, digests, simulation)
     valid_reports, _, rules, rows, _ = validate(reports, unreadable_rows, max_quarantine_share)
-    flows, features, splits, _ = engineer(valid_reports, files, rules, view, split_seed, rotations)
+    flows, features, splits, _ = engineer(valid_reports, files, rules, view, splitting)
     candidates = [
         train_sweep(features, flows, splits, family, recipe, id=f"train_sweep_{family}") for family in families
     ]
     evaluation, _ = evaluate(candidates, features, flows, splits, recipe, rows)
-    selection, detector, _, _ = select(evaluation, candidates, flows, splits, recipe, protocol, metric, max_fpr)
+    selection, detector, _, _ = select(evaluation, candidates, flows, splits, recipe, selecting)
     register(detector, selection)
 
 
@@ -64,12 +62,11 @@ def run(config: TrainConfig, *, cache: bool) -> RunSummary:
     try:
         configured(
             data=data,
-            digests=sources.digests(data),
+            digests=sources.digests(data) if data else {},
             simulation=config.simulation,
             max_quarantine_share=config.validation.max_quarantine_share,
             view=config.view,
-            split_seed=config.splits.seed,
-            rotations=config.splits.rotations,
+            splitting=config.splits,
             families=list(config.families),
             recipe=Recipe(
                 labels=config.labels,
@@ -79,9 +76,7 @@ def run(config: TrainConfig, *, cache: bool) -> RunSummary:
                 needs_effect=config.limit.minimum_effect,
                 seed=config.splits.seed,
             ),
-            protocol=config.select.protocol,
-            metric=config.select.metric,
-            max_fpr=config.select.max_fpr,
+            selecting=config.select,
         )
     except (NothingSelected, ValidationFailed) as error:
         summary = summarise(name, config.reports)

@@ -8,6 +8,7 @@ import pandas as pd
 from zenml import log_metadata, step
 from zenml.types import HTMLString
 
+from flowsentry.config import SplitSettings
 from flowsentry.features.build import build
 from flowsentry.features.splits import Splits, make_splits
 from flowsentry.features.views import FeatureSet
@@ -25,7 +26,7 @@ from materializers import FeatureSetMaterializer, SplitsMaterializer, TableMater
     }
 )
 def engineer(
-    reports: pd.DataFrame, files: dict[str, str], rules: dict[str, str], view: str, seed: int, rotations: int
+    reports: pd.DataFrame, files: dict[str, str], rules: dict[str, str], view: str, settings: SplitSettings
 ) -> tuple[
     Annotated[pd.DataFrame, "flows"],
     Annotated[FeatureSet, "features"],
@@ -39,8 +40,7 @@ def engineer(
         files: digests by file.
         rules: versions of the label and exchange rules by recording.
         view: `behaviour` or `paper`.
-        seed: of the random split.
-        rotations: divisions of the benign flows under the protocol family.
+        settings: how the flows are divided.
 
     Returns:
         Flow table with `place`, the view's values, the splits, and a page about the view.
@@ -50,7 +50,12 @@ def engineer(
     lineage = {f"file {name}": digest for name, digest in files.items()}
     lineage |= {f"rules {recording}": versions for recording, versions in rules.items()}
     features = build(view, reports, flows, lineage)
-    splits = make_splits(flows, seed=seed, warm_up_seconds=features.manifest.warm_up_seconds, rotations=rotations)
+    splits = make_splits(
+        flows,
+        seed=settings.seed,
+        warm_up_seconds=features.manifest.warm_up_seconds,
+        rotations=settings.rotations,
+    )
     log_metadata(
         {
             "flows": len(flows),

@@ -71,8 +71,8 @@ def evaluate(
 def _track(candidate: Candidate, evaluation: Evaluation, features: FeatureSet) -> None:
     """Log one candidate to MLflow."""
     scores = evaluation.entry(candidate.family).scores
-    metrics = {}
-    confusion = {}
+    metrics: dict[str, float] = {}
+    confusion: dict[str, np.ndarray] = {}
     for protocol, by_labels in scores.items():
         for labels, result in by_labels.items():
             measured = {**result.mean.model_dump(), "family_recall": result.family_recall.mean}

@@ -29,7 +29,7 @@ def register(detector: Detector, selection: Selection) -> Annotated[str, "model_
             name=MODEL, license="Apache-2.0", description="Detects attacks on Kubernetes clusters from network flows"
         )
     version = client.create_model_version(model.id)
-    link_artifact_version_to_model_version(get_step_context().inputs["detector"], version)
+    link_artifact_version_to_model_version(get_step_context().inputs["detector"][0], version)
     log_metadata(
         {
             "family": detector.model.family,
@@ -44,7 +44,7 @@ def register(detector: Detector, selection: Selection) -> Annotated[str, "model_
             },
         },
         model_name=MODEL,
-        model_version=version.name,
+        model_version=str(version.name),
     )
     version.set_stage(ModelStages.STAGING, force=True)
     return str(version.name)

@@ -8,6 +8,7 @@ import pandas as pd
 from zenml import log_metadata, step
 from zenml.types import HTMLString
 
+from flowsentry.config import SelectSettings
 from flowsentry.detector import Detector
 from flowsentry.errors import NothingSelected
 from flowsentry.features.splits import Splits
@@ -27,9 +28,7 @@ def select(
     flows: pd.DataFrame,
     splits: Splits,
     recipe: Recipe,
-    protocol: str,
-    metric: str,
-    max_fpr: float,
+    settings: SelectSettings,
 ) -> tuple[
     Annotated[Selection, "selection"],
     Annotated[Detector, "detector"],
@@ -44,9 +43,7 @@ def select(
         flows: flow table.
         splits: folds of all protocols.
         recipe: how the candidates were trained.
-        protocol: whose scores decide.
-        metric: which score decides.
-        max_fpr: highest mean FPR that a candidate may have, for the metric recall.
+        settings: which score under which protocol decides.
 
     Returns:
         The decision; the detector with its model card; its verdicts on the untouched validation split, which
@@ -55,7 +52,13 @@ def select(
     Raises:
         NothingSelected: no candidate is good enough.
     """
-    selection = choose(evaluation, protocol=protocol, metric=metric, labels=recipe.labels, max_fpr=max_fpr)
+    selection = choose(
+        evaluation,
+        protocol=settings.protocol,
+        metric=settings.metric,
+        labels=recipe.labels,
+        max_fpr=settings.max_fpr,
+    )
     log_metadata({"decision": selection.chosen or "nothing", "reason": selection.reason, "scores": _scores(selection)})
     if selection.chosen is None:
         raise NothingSelected(selection.reason)

@@ -8,7 +8,6 @@ import pandas as pd
 from zenml import log_metadata, save_artifact, step
 from zenml.types import HTMLString
 
-from flowsentry.errors import ValidationFailed
 from flowsentry.flows import expectations, labels
 from flowsentry.flows.reports import identify
 from materializers import TableMaterializer
@@ -43,7 +42,7 @@ def validate(
             rows_read=rows_read,
             max_quarantine_share=max_quarantine_share,
         )
-    except ValidationFailed as error:
+    except expectations.TooManyBadRows as error:
         # A failed step has no outputs; the bad rows must not be lost with it.
         save_artifact(error.validated.quarantine, "quarantine", materializer=TableMaterializer)
         raise

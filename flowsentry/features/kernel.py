@@ -605,7 +605,7 @@ def _has_payload(reports: pd.DataFrame) -> np.ndarray:
     most = np.full(len(reports), NO_PAYLOAD_BYTES, np.int64)
     if "packets" in reports:
         sources = reports["src_ip"].cat
-        ipv6 = sources.categories.astype("string").str.contains(":", regex=False).to_numpy(bool)[sources.codes]
+        ipv6 = np.array([":" in str(address) for address in sources.categories] + [False])[sources.codes.to_numpy()]
         packets = reports["packets"].fillna(-1).to_numpy(np.int64)
         most = np.where(packets >= 0, (HEADER_BYTES + IPV6_BYTES * ipv6) * packets, most)
     return np.asarray((_transport_numbers(reports["transport"]) != TCP) | (reports["bytes"].to_numpy(np.int64) > most))

@@ -82,17 +82,8 @@ def read(data: Sequence[str | Path], on_progress: Callable[[str], None] | None =
         SourceError: an entry or a file is missing, unreadable, empty, damaged, of an unknown layout, or of another
             layout than the other files of its recording.
     """
-    if not data:
-        raise SourceError("no data given; name a file, a folder or a glob with --data")
     say = on_progress or (lambda message: None)
-    entries = [_files_of(str(entry), say) for entry in data]
-    paths = [path for _, files in entries for path in files]
-    resolved = Counter(path.resolve() for path in paths)
-    for path in paths:
-        if resolved[path.resolve()] > 1:
-            raise SourceError(f"{path} is given twice; name every file once")
-    basenames = Counter(path.name for path in paths)
-    names = {path: _printable(path.name if basenames[path.name] == 1 else str(path)) for path in paths}
+    entries, names = _entries(data, say)
     taken: set[str] = set()
     recordings, rejects, digests, layouts = [], [], {}, {}
     connection = connect()
@@ -111,6 +102,32 @@ def read(data: Sequence[str | Path], on_progress: Callable[[str], None] | None =
     reports = _to_pandas(_one_table(recordings))
     quarantine = pd.concat(rejects, ignore_index=True)
     return Loaded(reports, quarantine, len(reports) + len(quarantine), digests, layouts)
+
+
+def digests(data: Sequence[str | Path]) -> dict[str, str]:
+    """SHA-256 (hex) of every file that `read` would read, by the name that it would give it.
+
+    Raises:
+        SourceError: as `read`, for what can be told without reading the rows.
+    """
+    _, names = _entries(data, lambda message: None)
+    return {name: _digest(path) for path, name in names.items()}
+
+
+def _entries(
+    data: Sequence[str | Path], say: Callable[[str], None]
+) -> tuple[list[tuple[str, dict[Path, Layout]]], dict[Path, str]]:
+    """The recordings with their files, and the name of every file: short where that is clear."""
+    if not data:
+        raise SourceError("no data given; name a file, a folder or a glob with --data")
+    entries = [_files_of(str(entry), say) for entry in data]
+    paths = [path for _, files in entries for path in files]
+    resolved = Counter(path.resolve() for path in paths)
+    for path in paths:
+        if resolved[path.resolve()] > 1:
+            raise SourceError(f"{path} is given twice; name every file once")
+    basenames = Counter(path.name for path in paths)
+    return entries, {path: _printable(path.name if basenames[path.name] == 1 else str(path)) for path in paths}
 
 
 @dataclass(frozen=True)
