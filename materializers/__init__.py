@@ -6,12 +6,14 @@ from materializers.folders import (
     FeatureSetMaterializer,
     SplitsMaterializer,
 )
+from materializers.models import ModelMaterializer
 from materializers.tables import TableMaterializer
 
 __all__ = [
     "CandidateMaterializer",
     "DetectorMaterializer",
     "FeatureSetMaterializer",
+    "ModelMaterializer",
     "SplitsMaterializer",
     "TableMaterializer",
 ]

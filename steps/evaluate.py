@@ -19,10 +19,11 @@ from flowsentry.learning.families import FAMILIES
 from flowsentry.reporting.evaluation import evaluate as evaluate_scores
 from flowsentry.reporting.report import evaluation_html
 from flowsentry.reporting.results import Evaluation
+from materializers import ModelMaterializer
 from steps.tracking import connect
 
 
-@step
+@step(output_materializers={"evaluation": ModelMaterializer})
 def evaluate(
     candidates: list[Candidate],
     features: FeatureSet,

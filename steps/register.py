@@ -7,6 +7,7 @@ from typing import Annotated
 from zenml import get_step_context, log_metadata, step
 from zenml.client import Client
 from zenml.enums import ModelStages
+from zenml.metadata.metadata_types import MetadataType
 from zenml.model.utils import link_artifact_version_to_model_version
 
 from flowsentry.detector import Detector
@@ -30,21 +31,18 @@ def register(detector: Detector, selection: Selection) -> Annotated[str, "model_
         )
     version = client.create_model_version(model.id)
     link_artifact_version_to_model_version(get_step_context().inputs["detector"][0], version)
-    log_metadata(
-        {
-            "family": detector.model.family,
-            "params": dict(detector.model.params),
-            "view": detector.manifest.name,
-            "view_digest": detector.manifest.digest,
-            "limit": detector.limit,
-            "reason": selection.reason,
-            "scores": {
-                ranked.name: {key: value for key, value in ranked.model_dump().items() if value is not None}
-                for ranked in selection.ranking
-            },
+    metadata: dict[str, MetadataType] = {
+        "family": detector.model.family,
+        "params": dict(detector.model.params),
+        "view": detector.manifest.name,
+        "view_digest": detector.manifest.digest,
+        "limit": detector.limit,
+        "reason": selection.reason,
+        "scores": {
+            ranked.name: {key: value for key, value in ranked.model_dump().items() if value is not None}
+            for ranked in selection.ranking
         },
-        model_name=MODEL,
-        model_version=str(version.name),
-    )
+    }
+    log_metadata(metadata, model_version=version.id)
     version.set_stage(ModelStages.STAGING, force=True)
     return str(version.name)

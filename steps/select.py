@@ -18,10 +18,16 @@ from flowsentry.learning.selection import Selection, choose
 from flowsentry.reporting.evaluation import validation_scores
 from flowsentry.reporting.model_card import model_card, model_card_html
 from flowsentry.reporting.results import Evaluation
-from materializers import DetectorMaterializer, TableMaterializer
+from materializers import DetectorMaterializer, ModelMaterializer, TableMaterializer
 
 
-@step(output_materializers={"detector": DetectorMaterializer, "validation_verdicts": TableMaterializer})
+@step(
+    output_materializers={
+        "selection": ModelMaterializer,
+        "detector": DetectorMaterializer,
+        "validation_verdicts": TableMaterializer,
+    }
+)
 def select(
     evaluation: Evaluation,
     candidates: list[Candidate],
