@@ -51,7 +51,7 @@ class SplitSettings(Section):
     """How flows are divided."""
 
     seed: int = Field(default=0, ge=0, lt=2**31)
-    rotations: int = Field(default=3, ge=1, le=20)
+    rotations: int = Field(default=2, ge=1, le=20)
     """Divisions of the benign flows under protocol `family`; each held-out family is tested on all of them."""
 
 

@@ -43,6 +43,6 @@ def register(detector: Detector, selection: Selection) -> Annotated[str, "model_
             for ranked in selection.ranking
         },
     }
-    log_metadata(metadata, model_version=version.id)
+    log_metadata(metadata=metadata, model_version_id=version.id)
     version.set_stage(ModelStages.STAGING, force=True)
     return str(version.name)

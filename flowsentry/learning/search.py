@@ -44,7 +44,7 @@ Progress = Callable[[int, int, str], None]
 
 RUNGS: Final[dict[str, tuple[int, ...]]] = {"logistic_regression": (4000,), "svc": (2000, 8000)}
 """Training rows of the rounds before the last, which has all rows; families not named have the last round only."""
-SMALL: Final = 2000
+SMALL: Final = 1000
 """Training rows of the last round of the small budget; families that race begin with a quarter of them."""
 KEEP: Final = 3
 """One in so many candidates goes on to the next round."""
@@ -216,17 +216,17 @@ def stratified_group_folds(
 def held_out_folds(
     y: NDArray[np.bool_], attack_group: pd.Series, exchange: NDArray[np.int64], n: int, seed: int
 ) -> list[InnerFold]:
-    """One fold for each group of attacks: fitted without it, tested on it and on benign rows left out with it.
+    """Folds that hold groups of attacks out: fitted without them, tested on them and on benign rows left out too.
 
     For choosing parameters under the family protocol: a candidate is as good as it is on attacks that it
-    never saw. Benign exchanges are dealt into n parts, which take turns. Benign rows of an attack's exchange
-    (wrong labels) are not tested, and not fitted on when that attack is held out.
+    never saw. The groups are dealt to the folds in turn, and benign exchanges in equal parts. Benign rows of an
+    attack's exchange (wrong labels) are not tested, and not fitted on when that attack is held out.
 
     Args:
         y: bool [rows], True is malicious.
         attack_group: [rows], the group of a malicious row; missing for benign rows.
         exchange: int64 [rows].
-        n: parts of the benign rows.
+        n: how many folds, fewer if there are fewer groups.
         seed: of the order in which benign exchanges are dealt.
 
     Raises:
@@ -242,12 +242,14 @@ def held_out_folds(
     group_of_exchange = np.full(int(keys.max()) + 1, -1)
     group_of_exchange[keys[codes >= 0]] = codes[codes >= 0]
     group = group_of_exchange[keys]
+    n = min(n, len(present))
     part = _deal(y, exchange, n, seed)
     folds = []
-    for turn, held_out in enumerate(present):
-        tested_benign = (group == -1) & (part == turn % n)
-        train = (group != held_out) & ~tested_benign & (~y | (codes >= 0))
-        folds.append((np.flatnonzero(train), np.flatnonzero((codes == held_out) | tested_benign)))
+    for turn in range(n):
+        held_out = present[turn::n]
+        tested_benign = (group == -1) & (part == turn)
+        train = ~np.isin(group, held_out) & ~tested_benign & (~y | (codes >= 0))
+        folds.append((np.flatnonzero(train), np.flatnonzero(np.isin(codes, held_out) | tested_benign)))
     return folds
 
 

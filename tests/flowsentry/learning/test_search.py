@@ -177,6 +177,13 @@ def test_a_held_out_attack_is_tested_and_never_fitted_on_nor_its_exchanges() -> 
         tested |= benign
 
 
+def test_more_groups_than_folds_are_held_out_together() -> None:
+    y, group, exchange = attacks()
+    folds = held_out_folds(y, group, exchange, 2, 0)
+    assert [set(group[test].dropna()) for _, test in folds] == [{"flood", "shell"}, {"scan"}]
+    assert [set(group[train].dropna()) for train, _ in folds] == [{"scan"}, {"flood", "shell"}]
+
+
 def test_one_group_of_attacks_cannot_be_held_out() -> None:
     _, group, exchange = attacks()
     only = group.where(group == "flood")
