@@ -92,7 +92,7 @@ FAMILIES: Final[dict[str, Family]] = {
             {"max_leaf_nodes": (8, 31), "learning_rate": (0.1, 0.3)},
             None,
         ),
-        Family("tails", "Signed tails (benign only)", False, {"combine": ("sum", "top3", "max")}, None),
+        Family("tails", "Signed tails (benign only)", False, {"combine": ("max", "top3", "sum")}, None),
     )
 }
 """The first four are the grids of the original study: 9 + 27 + 12 + 24 = 72 candidates."""
