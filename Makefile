@@ -52,8 +52,8 @@ check: setup ## Lint, formatting, types
 	@$(RUN) -m mypy
 
 .PHONY: bench
-bench: setup ## Measure every figure that the documentation quotes
-	@for script in benchmarks/*.py; do echo "== $$script"; $(RUN) $$script; done
+bench: setup ## Measure every figure that the documentation quotes; one of them: ONLY=kernel
+	@for script in benchmarks/$(or $(ONLY),[a-z]*).py; do echo "== $$script"; PYTHONPATH=. $(RUN) $$script; done
 
 # In the foreground, so that nothing is left behind and the user's ZenML client is not pointed anywhere else.
 .PHONY: dashboard

@@ -1,6 +1,6 @@
 """The window kernel against the same features as DuckDB window SQL, in one run.
 
-    python benchmarks/kernel.py [--flows FILE] [--copies 10]
+    make bench ONLY=kernel
 
 Features that SQL can express: flows and failures of service, client and edge over 10, 60 and 300 s in arrival order
 (18 columns). SQL gets the services and clients from the kernel: their orientation depends on counts over both ends.
@@ -17,12 +17,11 @@ from pathlib import Path
 import duckdb
 import numpy as np
 import pandas as pd
-from scale import repeated
+from _data import DEFAULT, recording, repeated
 
 from flowsentry.features import kernel
 from flowsentry.flows.hashing import hash_text
 from flowsentry.flows.reports import clock_milliseconds
-from flowsentry.flows.sources import read
 
 WINDOWS = (1, 6, 30)
 """Ticks of 10 s."""
@@ -31,10 +30,10 @@ WINDOWS = (1, 6, 30)
 def main() -> None:
     """Run and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flows", type=Path, default=Path("../shared/data/elastic_february2022_flows.csv.gz"))
+    parser.add_argument("--flows", type=Path, default=DEFAULT)
     parser.add_argument("--copies", type=int, default=10)
     arguments = parser.parse_args()
-    reports = repeated(read([arguments.flows]).reports, arguments.copies, 1)
+    reports = repeated(recording(arguments.flows), arguments.copies, 1)
     kernel.Stream().advance(reports.iloc[:1000])
 
     durations = []

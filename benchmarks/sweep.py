@@ -1,9 +1,8 @@
 """The search against scikit-learn's GridSearchCV: same grids, folds, metric and cores, one run.
 
-    python benchmarks/sweep.py [FLOWS]
+    make bench ONLY=sweep
 
-FLOWS is the real recording (default: the one in FLOWSENTRY_REAL_DATA, else ../shared/data); where there is none,
-simulated flows stand in. Prints, per family of the original study, the best mean accuracy over three folds of 70% of
+Prints, per family of the original study, the best mean accuracy over three folds of 70% of
 the flows (view `paper`), the seconds of both, and their ratio; the last line is the sum. The same as JSON with --json.
 """
 
@@ -11,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import time
 import warnings
 from pathlib import Path
@@ -19,25 +17,23 @@ from pathlib import Path
 import joblib
 import numpy as np
 import pandas as pd
+from _data import DEFAULT, recording
 from sklearn.model_selection import GridSearchCV, train_test_split
 
 from flowsentry.features import build as features
 from flowsentry.features.paper import FEATURES
 from flowsentry.features.transform import Transform
-from flowsentry.flows import sources
 from flowsentry.flows.reports import collapse, identify
 from flowsentry.flows.schema import is_malicious
 from flowsentry.learning.families import FAMILIES, build
 from flowsentry.learning.search import search, stratified_group_folds
-from flowsentry.simulation import SimulationSettings, simulate
 
 STUDY = ("logistic_regression", "svc", "knn", "decision_tree")
-DEFAULT = Path(os.environ.get("FLOWSENTRY_REAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
 
 def training_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
     """X float64 [n x 10] and y bool [n] of a random 70% of the flows."""
-    reports = sources.read([path]).reports if path.exists() else simulate(SimulationSettings())
+    reports = recording(path)
     reports["flow"] = identify(reports)
     flows = collapse(reports)
     y = is_malicious(flows["label"])
@@ -48,13 +44,13 @@ def training_rows(path: Path) -> tuple[np.ndarray, np.ndarray]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n", 1)[0])
-    parser.add_argument("flows", nargs="?", type=Path, default=DEFAULT / "elastic_february2022_flows.csv.gz")
+    parser.add_argument("flows", nargs="?", type=Path, default=DEFAULT)
     parser.add_argument("--families", nargs="+", default=STUDY, choices=STUDY)
     parser.add_argument("--json", type=Path, help="also write the figures here")
     arguments = parser.parse_args()
     X, y = training_rows(arguments.flows)
     cores = joblib.cpu_count()
-    print(f"{'real' if arguments.flows.exists() else 'simulated'} flows, {len(y):,} training rows, {cores} cores")
+    print(f"{len(y):,} training rows, {cores} cores")
     harm = np.zeros(X.shape[1], dtype=np.int8)
     folds = stratified_group_folds(y, np.arange(len(y)), 3, 0)
     figures = {}

@@ -1,6 +1,6 @@
 """One million reports with 1% bad rows: the whole validation, against Great Expectations' own row-level format.
 
-    python benchmarks/validation.py [rows]
+    make bench ONLY=validation
 
 The alternative asks the same suite for the identity (file, row) of every failing row with
 `unexpected_index_column_names`, and builds neither quarantine nor page.
