@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flowsentry.errors import ProtocolError, StoreError
 from flowsentry.features import behaviour, paper
@@ -42,12 +42,19 @@ class Tail(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    scores: list[float]
+    scores: list[float] = Field(min_length=1)
     """Ascending knots of calibration scores, up to the 99% point."""
     surprises: list[float]
     """-log10 of the share of calibration flows that score at least as high as each knot."""
-    excess: float
+    excess: float = Field(ge=0)
     """Mean excess over the last knot."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Tail:
+        knots = np.array([self.scores, self.surprises]) if len(self.scores) == len(self.surprises) else np.empty((2, 0))
+        if not knots.size or not np.isfinite(knots).all() or (np.diff(knots) < 0).any():
+            raise ValueError("the knots are not pairs in ascending order")
+        return self
 
     @classmethod
     def fit(cls, scores: np.ndarray) -> Tail:
@@ -72,6 +79,13 @@ class Tail(BaseModel):
         beyond = np.maximum(scores - knots[-1], 0)
         spread = max(self.excess, 1e-9)
         return np.asarray(np.minimum(surprise + beyond / spread / math.log(10), CEILING))
+
+
+class _Limit(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    target_fpr: float = Field(gt=0, le=1)
+    needs_effect: bool
 
 
 @dataclass(frozen=True)
@@ -149,8 +163,8 @@ class Detector:
         (folder / "view.json").write_text(self.manifest.model_dump_json(indent=1), encoding="utf-8")
         (folder / "transform.json").write_text(self.transform.model_dump_json(), encoding="utf-8")
         (folder / "tail.json").write_text(self.tail.model_dump_json(), encoding="utf-8")
-        limit = {"target_fpr": self.target_fpr, "needs_effect": self.needs_effect}
-        (folder / "limit.json").write_text(json.dumps(limit), encoding="utf-8")
+        limit = _Limit(target_fpr=self.target_fpr, needs_effect=self.needs_effect)
+        (folder / "limit.json").write_text(limit.model_dump_json(), encoding="utf-8")
         (folder / "card.json").write_text(json.dumps(self.card, indent=1), encoding="utf-8")
 
     @classmethod
@@ -162,18 +176,20 @@ class Detector:
         """
         try:
             manifest = ViewManifest.model_validate_json((folder / "view.json").read_text(encoding="utf-8"))
-            limit = json.loads((folder / "limit.json").read_text(encoding="utf-8"))
+            limit = _Limit.model_validate_json((folder / "limit.json").read_text(encoding="utf-8"))
             detector = cls(
                 manifest,
                 Transform.model_validate_json((folder / "transform.json").read_text(encoding="utf-8")),
                 Model.load(folder / "model"),
                 Tail.model_validate_json((folder / "tail.json").read_text(encoding="utf-8")),
-                float(limit["target_fpr"]),
-                bool(limit["needs_effect"]),
+                limit.target_fpr,
+                limit.needs_effect,
                 json.loads((folder / "card.json").read_text(encoding="utf-8")),
             )
-        except (OSError, ValueError, ValidationError, KeyError, TypeError) as error:
-            raise StoreError(f"{folder}: not a stored detector ({error})") from error
+        except (OSError, ValueError, ValidationError) as error:
+            raise StoreError(f"{folder}: not a stored detector ({str(error).splitlines()[0]})") from error
+        if (detector.transform.features, detector.model.features) != (manifest.features, len(manifest.features)):
+            raise StoreError(f"{folder}: view, transform and model do not belong together; train it again")
         expected = paper.VERSION if manifest.name == paper.NAME else behaviour.VERSION
         if manifest.version != expected:
             raise StoreError(f"{folder}: view {manifest.name} {manifest.version}, this is {expected}; train it again")

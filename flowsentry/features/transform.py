@@ -10,7 +10,7 @@ from typing import Literal
 
 import numpy as np
 import pandas as pd
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
 
 from flowsentry.features.views import Feature
 
@@ -24,8 +24,8 @@ class Transform(BaseModel):
     scale: Literal["linear", "log"]
     ranks: dict[str, list[str]]
     """Sorted texts of every category feature; an unknown text gets the place where it would stand."""
-    low: list[float]
-    high: list[float]
+    low: list[FiniteFloat]
+    high: list[FiniteFloat]
 
     @classmethod
     def fit(cls, rows: pd.DataFrame, features: tuple[Feature, ...], scale: Literal["linear", "log"]) -> Transform:
@@ -37,28 +37,38 @@ class Transform(BaseModel):
             scale: `log` for counts and ratios, `linear` else.
         """
         ranks = {f.name: _texts(rows[f.name]) for f in features if f.kind == "category"}
-        unfitted = cls(features=features, scale=scale, ranks=ranks, low=[], high=[])
-        numbers = unfitted._numbers(rows)
-        return unfitted.model_copy(update={"low": numbers.min(axis=0).tolist(), "high": numbers.max(axis=0).tolist()})
+        numbers = _numbers(rows, features, scale, ranks)
+        low, high = numbers.min(axis=0).tolist(), numbers.max(axis=0).tolist()
+        return cls(features=features, scale=scale, ranks=ranks, low=low, high=high)
+
+    @model_validator(mode="after")
+    def _complete(self) -> Transform:
+        texts = {feature.name for feature in self.features if feature.kind == "category"}
+        if set(self.ranks) != texts or not len(self.low) == len(self.high) == len(self.features):
+            raise ValueError("ranks, minima and maxima are not those of the features")
+        return self
 
     def apply(self, rows: pd.DataFrame) -> np.ndarray:
         """float64 [rows, features]: 0..1 on the fitted rows; a feature that was constant there keeps its unit."""
         low, high = np.array(self.low), np.array(self.high)
-        numbers = self._numbers(rows)
+        numbers = _numbers(rows, self.features, self.scale, self.ranks)
         numbers -= low
         numbers /= np.where(high > low, high - low, 1.0)
         return numbers
 
-    def _numbers(self, rows: pd.DataFrame) -> np.ndarray:
-        numbers = np.empty((len(rows), len(self.features)), np.float64)
-        for i, feature in enumerate(self.features):
-            if feature.kind == "category":
-                numbers[:, i] = _rank(rows[feature.name], self.ranks[feature.name])
-            else:
-                numbers[:, i] = rows[feature.name].to_numpy(np.float64)
-        if self.scale == "log":
-            np.log2(1 + numbers, out=numbers)
-        return numbers
+
+def _numbers(
+    rows: pd.DataFrame, features: tuple[Feature, ...], scale: Literal["linear", "log"], ranks: dict[str, list[str]]
+) -> np.ndarray:
+    numbers = np.empty((len(rows), len(features)), np.float64)
+    for i, feature in enumerate(features):
+        if feature.kind == "category":
+            numbers[:, i] = _rank(rows[feature.name], ranks[feature.name])
+        else:
+            numbers[:, i] = rows[feature.name].to_numpy(np.float64)
+    if scale == "log":
+        np.log2(1 + numbers, out=numbers)
+    return numbers
 
 
 def _texts(column: pd.Series) -> list[str]:

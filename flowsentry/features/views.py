@@ -74,6 +74,9 @@ class FeatureSet:
         """
         try:
             manifest = ViewManifest.model_validate_json((folder / "manifest.json").read_text(encoding="utf-8"))
-            return cls(manifest, pd.read_parquet(folder / "values.parquet"))
+            rows = pd.read_parquet(folder / "values.parquet")
         except (OSError, ValueError, ValidationError) as error:
-            raise StoreError(f"{folder}: not a stored feature view ({error})") from error
+            raise StoreError(f"{folder}: not a stored feature view ({str(error).splitlines()[0]})") from error
+        if list(rows.columns) != ["flow", *manifest.names]:
+            raise StoreError(f"{folder}: manifest and values do not belong together; run the step again")
+        return cls(manifest, rows)

@@ -95,7 +95,7 @@ class Candidate:
             about = _About.model_validate_json((folder / "candidate.json").read_text(encoding="utf-8"))
             scores = pd.read_parquet(folder / "scores.parquet")
         except (OSError, ValueError, ValidationError) as error:
-            raise StoreError(f"{folder}: not a stored candidate ({error})") from error
+            raise StoreError(f"{folder}: not a stored candidate ({str(error).splitlines()[0]})") from error
         return cls(
             about.family, about.search, about.fold_params, scores, Detector.load(folder / "detector"), about.seconds
         )
