@@ -65,7 +65,7 @@ class SearchSettings(Section):
 class LimitSettings(Section):
     """Where the limit between ordinary and alarming lies."""
 
-    target_fpr: float = Field(default=0.001, gt=0, le=0.5)
+    target_fpr: float = Field(default=0.002, gt=0, le=0.5)
     """Share of benign flows that may be flagged, as a fraction."""
     minimum_effect: bool = True
     """Flag only what differs from ordinary by an amount that matters, however rare it is."""
