@@ -98,7 +98,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print("error: interrupted", file=sys.stderr)
         return 130
     print(f"\n{summary.text}")
-    return 0 if summary.status == "completed" else 1
+    if summary.failure:
+        print(f"error: {summary.failure}", file=sys.stderr)
+    return 1 if summary.failure else 0
 
 
 def _pipeline(name: str) -> Pipeline:

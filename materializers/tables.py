@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import pandas as pd
+import pyarrow.parquet as pq
 from zenml.enums import ArtifactType, VisualizationType
 from zenml.materializers.base_materializer import BaseMaterializer
 from zenml.metadata.metadata_types import MetadataType
@@ -22,10 +23,13 @@ class TableMaterializer(BaseMaterializer):
 
     def load(self, data_type: type[Any]) -> pd.DataFrame:
         with self.artifact_store.open(f"{self.uri}/table.parquet", "rb") as file:
-            table = pd.read_parquet(file)
-        # Parquet does not say how pandas held its strings.
-        texts = [name for name, dtype in table.dtypes.items() if isinstance(dtype, pd.StringDtype)]
-        return table.astype(dict.fromkeys(texts, "string[pyarrow]"))
+            stored = pq.read_table(file)
+        table = stored.to_pandas()
+        # Parquet does not say how pandas held its strings, and loses categories that no row has.
+        dtypes = {name: "string[pyarrow]" for name, dtype in table.dtypes.items() if isinstance(dtype, pd.StringDtype)}
+        columns = stored.schema.pandas_metadata["columns"]
+        dtypes |= {column["name"]: "category" for column in columns if column["pandas_type"] == "categorical"}
+        return table.astype(dtypes)
 
     def save(self, data: pd.DataFrame) -> None:
         with self.artifact_store.open(f"{self.uri}/table.parquet", "wb") as file:

@@ -9,9 +9,10 @@ from typing import Any
 
 import pandas as pd
 from zenml.client import Client
+from zenml.enums import ExecutionStatus
 from zenml.models import PipelineRunResponse
 
-from flowsentry.errors import ConfigError
+from flowsentry.errors import ConfigError, FlowSentryError
 
 PAGES = {
     ("validate", "validation_page"): "validation.html",
@@ -30,6 +31,8 @@ class RunSummary:
     text: str
     """Tables, decision, and where to look next."""
     files: tuple[Path, ...]
+    failure: str | None
+    """Why the run did not do what was asked, in one line; None if it did."""
 
 
 def run_name(pipeline: str) -> str:
@@ -37,12 +40,13 @@ def run_name(pipeline: str) -> str:
     return f"{pipeline}-{datetime.now(UTC):%Y%m%d-%H%M%S-%f}"
 
 
-def summarise(name: str, reports: str) -> RunSummary:
-    """Write the pages of a run to `reports/<run>` and say what it found.
+def summarise(name: str, reports: str, error: FlowSentryError | None = None) -> RunSummary:
+    """Write the pages of a run to `reports/<run>` and say what it found; of a failed run those that it made.
 
     Args:
         name: of the run.
         reports: folder, made if absent.
+        error: what the run failed with.
 
     Raises:
         ConfigError: the folder cannot be written.
@@ -60,18 +64,21 @@ def summarise(name: str, reports: str) -> RunSummary:
         contents["quarantine.csv"] = quarantine.to_csv(index=False)
     written = tuple(folder / file for file, content in contents.items() if content is not None)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
         for path in written:
+            path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text(str(contents[path.name]), encoding="utf-8")
-    except OSError as error:
-        raise ConfigError(f"reports: cannot write to {folder}: {error.strerror}; name another folder") from error
+    except OSError as failed:
+        raise ConfigError(f"reports: cannot write to {folder}: {failed.strerror}; name another folder") from failed
     if (selection := _output(run, "select", "selection")) is not None:
         version = _output(run, "register", "model_version")
         parts.append(f"Selected: {selection.reason}")
         parts.append(f"Model:    flowsentry, version {version}, stage staging")
     parts.append(f"Run:      {name}; `make dashboard` opens ZenML's dashboard, `make mlflow` all candidates")
     parts += [f"Page:     {path}" for path in written]
-    return RunSummary(name, str(run.status), "\n".join(parts), written)
+    failure = str(error) if error else None
+    if run.status != ExecutionStatus.COMPLETED:
+        failure = failure or f"the run {name} is {run.status}, not completed"
+    return RunSummary(name, str(run.status), "\n".join(parts), written, failure)
 
 
 def _output(run: PipelineRunResponse, step: str, output: str) -> Any:

@@ -7,7 +7,7 @@ from zenml.config.cache_policy import CachePolicy
 from zenml.enums import ExecutionMode
 
 from flowsentry.config import SelectSettings, SplitSettings, TrainConfig
-from flowsentry.errors import NothingSelected, ValidationFailed
+from flowsentry.errors import FlowSentryError
 from flowsentry.flows import sources
 from flowsentry.learning.candidates import Recipe
 from flowsentry.simulation import SimulationSettings
@@ -53,16 +53,20 @@ def run(config: TrainConfig, *, cache: bool) -> RunSummary:
         config: what to do.
         cache: take the result of a step from an earlier run with the same inputs and the same code.
 
+    Returns:
+        What the run found; if it failed with an error of ours, why, and the pages that it had made.
+
     Raises:
-        FlowSentryError: what went wrong, from whichever step; the pages made so far are written all the same.
+        FlowSentryError: it could not begin, or its pages cannot be written.
     """
     data = [] if config.simulated else list(config.data)
+    digests = sources.digests(data) if data else {}
     name = run_name("train")
     configured = train.with_options(run_name=name, enable_cache=cache)
     try:
         configured(
             data=data,
-            digests=sources.digests(data) if data else {},
+            digests=digests,
             simulation=config.simulation,
             max_quarantine_share=config.validation.max_quarantine_share,
             view=config.view,
@@ -78,7 +82,6 @@ def run(config: TrainConfig, *, cache: bool) -> RunSummary:
             ),
             selecting=config.select,
         )
-    except (NothingSelected, ValidationFailed) as error:
-        summary = summarise(name, config.reports)
-        raise type(error)(f"{error}\n{summary.text}") from error
+    except FlowSentryError as error:
+        return summarise(name, config.reports, error)
     return summarise(name, config.reports)

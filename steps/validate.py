@@ -45,6 +45,7 @@ def validate(
     except expectations.TooManyBadRows as error:
         # A failed step has no outputs; the bad rows must not be lost with it.
         save_artifact(error.validated.quarantine, "quarantine", materializer=TableMaterializer)
+        save_artifact(HTMLString(error.validated.page), "validation_page")
         raise
     valid = checked.reports.assign(flow=identify(checked.reports))
     valid, told = labels.derive(valid)

@@ -25,7 +25,7 @@ from flowsentry.features import paper
 from flowsentry.features.splits import Fold, Splits
 from flowsentry.features.transform import Transform
 from flowsentry.features.views import FeatureSet
-from flowsentry.flows.schema import is_malicious
+from flowsentry.flows.schema import BENIGN, is_malicious
 from flowsentry.learning.baselines import FittedBaseline, fit_baselines
 from flowsentry.learning.families import Family
 from flowsentry.learning.model import Parameter
@@ -127,21 +127,34 @@ def train(
         on_progress: told in a line what is being done.
 
     Raises:
-        ProtocolError: a fold lacks a class, or there is no protocol `random`.
+        ProtocolError: the flows or a fold lack a class, or there is no protocol `random`.
     """
     begin = time.perf_counter()
+    _check_labels(flows[LABEL_COLUMN[recipe.labels]])
     if not any(fold.protocol == "random" for fold in splits.folds):
         raise ProtocolError(f"the protocol random, whose fit ships, is impossible: {splits.impossible.get('random')}")
     scores, fold_params = [], {}
     for number, fold in enumerate(splits.folds, start=1):
         if on_progress:
             on_progress(f"{family.title}: fold {number} of {len(splits.folds)}, {fold.name}")
-        result, fitted = fit_fold(family, features, flows, splits, fold, recipe)
+        try:
+            result, fitted = fit_fold(family, features, flows, splits, fold, recipe)
+        except ProtocolError as error:
+            raise ProtocolError(f"{family.title}, {fold.name}: {error}") from error
         fold_params[fold.name] = result.best
         scores.append(score_fold(fitted, features, splits, fold))
         if fold.protocol == "random":
             shipped, of_random = fitted, result
     return Candidate(family.name, of_random, fold_params, _joined(scores), shipped, time.perf_counter() - begin)
+
+
+def _check_labels(labels: pd.Series) -> None:
+    benign, malicious = int(labels.eq(BENIGN).sum()), int(is_malicious(labels).sum())
+    if not benign or not malicious:
+        raise ProtocolError(
+            f"training needs benign and malicious flows, but of {len(labels):,} flows {benign:,} are labelled benign "
+            f"and {malicious:,} malicious; give flows with both labels, or train on simulated ones (--data simulate)"
+        )
 
 
 def fit_fold(
@@ -156,7 +169,7 @@ def fit_fold(
     fit_rows, flow = features.rows[in_fit[of_row]], of_row[in_fit[of_row]]
     y, exchange = malicious[flow], flows["exchange"].to_numpy()[flow]
     if len(fit_rows) == 0:
-        raise ProtocolError(f"{fold.name}: no flow is left to fit on: give a longer recording")
+        raise ProtocolError("no flow is left to fit on: give a longer recording")
     manifest = features.manifest
     transform = Transform.fit(fit_rows, manifest.features, "linear" if manifest.name == paper.NAME else "log")
     result = search(

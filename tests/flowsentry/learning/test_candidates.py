@@ -262,3 +262,25 @@ def test_baselines_do_not_depend_on_flows_outside_the_training(small: Small, rec
     for name, (baseline, scores) in before.items():
         assert after[name][0].learned == baseline.learned
         pd.testing.assert_frame_equal(after[name][1], scores, check_exact=True)
+
+
+@pytest.mark.parametrize(
+    ("labels", "counts"),
+    [(None, "0 are labelled benign and 0 malicious"), ("benign", r"[\d,]+ are labelled benign and 0 malicious"),
+     ("malicious", r"0 are labelled benign and [\d,]+ malicious")],
+)  # fmt: skip
+def test_flows_of_one_class_or_none_cannot_train_and_the_error_says_what_can(
+    small: Small, recipe: Recipe, labels: str | None, counts: str
+) -> None:
+    flows = small.flows.assign(corrected=pd.Categorical([labels] * len(small.flows)))
+    expected = f"of [\\d,]+ flows {counts}; give flows with both labels"
+    with pytest.raises(ProtocolError, match=expected):
+        train(FAMILIES["tails"], small.views["behaviour"], flows, small.splits, recipe)
+
+
+def test_a_fold_that_cannot_be_trained_is_named(small: Small, recipe: Recipe) -> None:
+    fit = small.splits.rows("random", "fit")
+    flows = small.flows.copy()
+    flows.loc[fit, "corrected"] = "benign"
+    with pytest.raises(ProtocolError, match="random: .*no malicious flow"):
+        train(FAMILIES["decision_tree"], small.views["behaviour"], flows, small.splits, recipe)
