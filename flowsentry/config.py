@@ -19,7 +19,7 @@ from flowsentry.simulation.settings import SimulationSettings
 SIMULATE: Final = "simulate"
 """Stands for a simulated recording where data are named."""
 
-FamilyName = Literal["logistic_regression", "svc", "knn", "decision_tree", "gradient_boosting", "tails"]
+FamilyName = Literal["logistic_regression", "svc", "knn", "decision_tree", "gradient_boosting", "effects", "tails"]
 _LARGEST: Final = 1 << 20
 
 M = TypeVar("M", bound=BaseModel)

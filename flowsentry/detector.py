@@ -22,6 +22,7 @@ from flowsentry.features.transform import Transform
 from flowsentry.features.views import Feature, ViewManifest
 from flowsentry.flows import reports as flow_reports
 from flowsentry.flows.schema import BENIGN, MALICIOUS
+from flowsentry.learning.effects import EffectSizes
 from flowsentry.learning.families import Family
 from flowsentry.learning.families import fit as fit_model
 from flowsentry.learning.model import Model, Parameters
@@ -246,6 +247,9 @@ def fit(
         raise ProtocolError("no benign flows are left to fit on or to set the limit: give a longer recording")
     transform = Transform.fit(fit_rows, manifest.features, "linear" if manifest.name == paper.NAME else "log")
     harm = [feature.harm for feature in manifest.features]
-    model = fit_model(family, params, transform.apply(fit_rows), malicious, harm, seed, exchange=exchange)
+    effects = EffectSizes(*transform.minimum_effects())
+    model = fit_model(
+        family, params, transform.apply(fit_rows), malicious, harm, seed, exchange=exchange, effects=effects
+    )
     _, scores = worst(model.score(transform.apply(calibration_rows)), calibration_rows["flow"].to_numpy())
     return Detector(manifest, transform, model, Tail.fit(scores), target_fpr, needs_effect)

@@ -22,11 +22,11 @@ WARM_UP_SECONDS: Final = kernel.WARM_UP_TICKS * 10
 
 _MINIMUM_EFFECTS: Final = {
     **{kernel.FEATURES[feature]: limit for feature, limit in kernel.MARKS},
-    "service_fail_burst": 17.0,
-    "client_fail_burst": 17.0,
-    "service_burst": 20.0,
-    "edge_persistence": 6.0,
-    "client_new_edges": 10.0,
+    "service_fail_burst": 34.0,
+    "client_fail_burst": 100.0,
+    "service_burst": 100.0,
+    "edge_persistence": 15.0,
+    "client_new_edges": 100.0,
 }
 
 

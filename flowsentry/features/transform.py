@@ -56,6 +56,17 @@ class Transform(BaseModel):
         numbers /= np.where(high > low, high - low, 1.0)
         return numbers
 
+    def minimum_effects(self) -> tuple[np.ndarray, np.ndarray]:
+        """The features' minimum effects after `apply`, and log2 units (or plain ones) in one unit of its result.
+
+        Returns:
+            Two float64 [features]; the first is NaN where a feature has no minimum effect.
+        """
+        stated = np.array([np.nan if f.minimum_effect is None else f.minimum_effect for f in self.features])
+        low, high = np.array(self.low), np.array(self.high)
+        unit = np.where(high > low, high - low, 1.0)
+        return ((np.log2(1 + stated) if self.scale == "log" else stated) - low) / unit, unit
+
 
 def _numbers(
     rows: pd.DataFrame, features: tuple[Feature, ...], scale: Literal["linear", "log"], ranks: dict[str, list[str]]

@@ -27,6 +27,7 @@ from flowsentry.features.transform import Transform
 from flowsentry.features.views import FeatureSet
 from flowsentry.flows.schema import BENIGN, is_malicious
 from flowsentry.learning.baselines import FittedBaseline, fit_baselines
+from flowsentry.learning.effects import EffectSizes
 from flowsentry.learning.families import Family
 from flowsentry.learning.model import Parameter
 from flowsentry.learning.search import (
@@ -164,7 +165,9 @@ def fit_fold(
     part = splits.parts[fold.name]
     malicious = is_malicious(flows[LABEL_COLUMN[recipe.labels]])
     in_fit = part.eq("fit").to_numpy()
-    in_calibration = part.eq("calibration").to_numpy() & ~malicious
+    # What learns nothing from the fit rows may set its limit on their benign flows too.
+    calibrating = ["calibration"] if family.learns else ["fit", "calibration"]
+    in_calibration = part.isin(calibrating).to_numpy() & ~malicious
     of_row = features.rows["flow"].to_numpy()
     fit_rows, flow = features.rows[in_fit[of_row]], of_row[in_fit[of_row]]
     y, exchange = malicious[flow], flows["exchange"].to_numpy()[flow]
@@ -181,6 +184,7 @@ def fit_fold(
         metric=recipe.metric,
         seed=recipe.seed,
         exchange=exchange,
+        effects=EffectSizes(*transform.minimum_effects()),
         budget="full" if fold.protocol == "random" else "small",
     )
     fitted = detectors.fit(

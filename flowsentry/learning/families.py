@@ -19,6 +19,7 @@ from sklearn.svm import SVC
 from sklearn.tree import DecisionTreeClassifier
 
 from flowsentry.errors import ProtocolError
+from flowsentry.learning.effects import EffectSizes
 from flowsentry.learning.model import Model, Parameter, Parameters, one_thread
 from flowsentry.learning.tails import SignedTails
 
@@ -39,6 +40,8 @@ class Family:
     grid: dict[str, tuple[Parameter, ...]]
     row_cap: int | None
     """Training uses at most so many rows: the cost of the family grows faster than the rows do."""
+    learns: bool = True
+    """False: its scores do not depend on any row."""
 
     @property
     def candidates(self) -> tuple[dict[str, Parameter], ...]:
@@ -92,6 +95,7 @@ FAMILIES: Final[dict[str, Family]] = {
             {"max_leaf_nodes": (8, 31), "learning_rate": (0.1, 0.3)},
             None,
         ),
+        Family("effects", "Effect sizes (no training)", False, {}, None, learns=False),
         Family("tails", "Signed tails (benign only)", False, {"combine": ("max", "top3", "sum")}, None),
     )
 }
@@ -132,6 +136,7 @@ def fit(
     seed: int,
     *,
     exchange: NDArray[np.int64] | None = None,
+    effects: EffectSizes | None = None,
 ) -> Model:
     """Fit one candidate.
 
@@ -143,12 +148,13 @@ def fit(
         harm: [d] direction of harm of each feature: -1, 0 or 1.
         seed: for estimators with chance in them, and for the sample of a family with a row cap.
         exchange: int64 [n], the exchange of each row: a sample takes exchanges whole.
+        effects: the view's minimum effects, for the family of that name.
 
     Returns:
         The fitted model.
 
     Raises:
-        ProtocolError: a class that the family needs is missing.
+        ProtocolError: a class that the family needs is missing, or the view states no minimum effect.
     """
     directions = np.asarray(harm, dtype=np.int8)
     if family.row_cap is not None and len(y) > family.row_cap:
@@ -161,7 +167,7 @@ def fit(
     # Filters of warnings are global: `search`, which fits in threads, sets them once around all of them.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", ConvergenceWarning)
-        model = fit_rows(family, params, X, y, directions, seed)
+        model = fit_rows(family, params, X, y, directions, seed, effects)
     if family.name == "logistic_regression" and model.estimator.n_iter_.max() >= model.estimator.max_iter:
         logger.info("%s with %s stopped before it converged", family.title, model.params)
     return model
@@ -174,6 +180,7 @@ def fit_rows(
     y: NDArray[np.bool_],
     harm: NDArray[np.int8],
     seed: int,
+    effects: EffectSizes | None,
 ) -> Model:
     """`fit` on exactly these rows, which must hold the classes that the family needs; warnings are not hidden."""
     if family.supervised:
@@ -181,7 +188,10 @@ def fit_rows(
             estimator = build(family, params, harm, seed).fit(X, y.astype(np.int8))
         return Model(family.name, dict(params), estimator, X.shape[1], 0.0)
     benign = X[~y]
-    model = Model(family.name, dict(params), SignedTails.fit(benign, harm), X.shape[1], 0.0)
+    estimator = effects if family.name == "effects" else SignedTails.fit(benign, harm)
+    if estimator is None or (isinstance(estimator, EffectSizes) and np.isnan(estimator.minimum).all()):
+        raise ProtocolError(f"the view states no minimum effects: leave the family {family.name} out of families")
+    model = Model(family.name, dict(params), estimator, X.shape[1], 0.0)
     return replace(model, boundary=float(np.quantile(model.score(benign), TAILS_QUANTILE)))
 
 

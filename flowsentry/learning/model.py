@@ -31,6 +31,7 @@ from sklearn.tree import DecisionTreeClassifier
 from threadpoolctl import ThreadpoolController
 
 from flowsentry.errors import StoreError
+from flowsentry.learning.effects import EffectSizes
 from flowsentry.learning.tails import COMBINATIONS, SignedTails
 
 TRUSTED: Final = (
@@ -45,9 +46,10 @@ ESTIMATORS: Final[Mapping[str, type[Any]]] = {
     "knn": KNeighborsClassifier,
     "decision_tree": DecisionTreeClassifier,
     "gradient_boosting": HistGradientBoostingClassifier,
+    "effects": EffectSizes,
     "tails": SignedTails,
 }
-_ARRAYS: Final = ("knn", "tails")
+_ARRAYS: Final = ("knn", "effects", "tails")
 _FORMAT: Final = 1
 _CHUNK: Final = 2000
 
@@ -97,13 +99,14 @@ class Model:
     features: int
     boundary: float
     """`predict` is `score > boundary`: 0 for supervised families, which equals the estimator's own predict;
-    for tails, which have none, the 99.9% quantile of the benign training scores."""
+    for benign-only families, which have none, the 99.9% quantile of the benign training scores."""
 
     def score(self, X: NDArray[np.float64]) -> NDArray[np.float64]:
         """How bad each row is, float64[n], higher is worse, on a scale of the family's own.
 
         Linear models and support vectors: decision function. Boosting: log-odds. Trees and neighbours:
-        smoothed log-odds of the leaf's or the neighbours' malicious share. Tails: combined surprise.
+        smoothed log-odds of the leaf's or the neighbours' malicious share. Tails: combined surprise. Effects:
+        excess over the minimum effects.
 
         Args:
             X: float64 [n x d], finite, the features in the order of training.
@@ -129,6 +132,8 @@ class Model:
                 return node_scores(self.estimator)[leaves]
             case "gradient_boosting":
                 return _threaded(self._boosted, X)
+            case "effects":
+                return np.asarray(self.estimator.score(X))
             case _:
                 return np.asarray(self.estimator.score(X, self.params["combine"]))
 
@@ -147,7 +152,7 @@ class Model:
         """Write `model.json` and the parameters into a folder, which is made if absent."""
         folder.mkdir(parents=True, exist_ok=True)
         stored = folder / ("model.npz" if self.family in _ARRAYS else "model.skops")
-        if self.family == "tails":
+        if self.family in ("effects", "tails"):
             np.savez_compressed(stored, **self.estimator.to_arrays())
         elif self.family == "knn":
             np.savez_compressed(stored, X=self.estimator._fit_X, y=self.estimator._y.astype(np.int8))
@@ -217,6 +222,8 @@ def _read(stored: Path, family: str, params: dict[str, Parameter]) -> Any:
         return skops.io.load(stored, trusted=list(TRUSTED))
     with np.load(stored, allow_pickle=False) as archive:
         arrays = dict(archive)
+    if family == "effects":
+        return EffectSizes(arrays["minimum"], arrays["unit"])
     if family == "tails":
         return SignedTails.from_arrays(arrays)
     # The tree of neighbours is a function of the rows, so rows are all that is stored.
@@ -232,6 +239,10 @@ def _check(model: Model) -> None:
     estimator, features = model.estimator, model.features
     if type(estimator) is not ESTIMATORS[model.family]:
         raise ValueError(f"a {type(estimator).__name__} instead of {model.family}")
+    if model.family == "effects":
+        if not estimator.minimum.shape == estimator.unit.shape == (features,) or np.isnan(estimator.minimum).all():
+            raise ValueError("effect sizes do not fit their description")
+        return
     if model.family == "tails":
         if estimator.features != features or model.params.get("combine") not in COMBINATIONS:
             raise ValueError("tails do not fit their description")

@@ -32,6 +32,7 @@ from sklearn.metrics import average_precision_score, roc_curve
 from threadpoolctl import threadpool_limits
 
 from flowsentry.errors import ProtocolError
+from flowsentry.learning.effects import EffectSizes
 from flowsentry.learning.families import Family, fit_rows, sample
 from flowsentry.learning.model import Parameter, smoothed_log_odds
 
@@ -114,6 +115,7 @@ def search(
     metric: Metric,
     seed: int,
     exchange: NDArray[np.int64] | None = None,
+    effects: EffectSizes | None = None,
     budget: Budget = "full",
     target_fpr: float = 0.005,
     on_progress: Progress | None = None,
@@ -129,6 +131,7 @@ def search(
         metric: what is to be high, as a mean over the folds.
         seed: of samples and of estimators.
         exchange: int64 [n]; samples take exchanges whole. None: rows are sampled one by one.
+        effects: the view's minimum effects, for the family of that name.
         budget: `small` ends with `SMALL` rows of each fold: for searches inside a protocol.
         target_fpr: for `recall_at_fpr`.
         on_progress: told of every finished fit, from threads of its own.
@@ -169,7 +172,9 @@ def search(
             group = [candidates[alive[i]] for i in members]
             results = [
                 measure(metric, y[test], scores, scores > boundary, target_fpr)
-                for scores, boundary in _fit_and_score(family, group, X[train], y[train], X[test], directions, seed)
+                for scores, boundary in _fit_and_score(
+                    family, group, X[train], y[train], X[test], directions, seed, effects
+                )
             ]
             seconds = time.perf_counter() - start
             tick()
@@ -336,6 +341,7 @@ def _fit_and_score(
     X_test: NDArray[np.float64],
     harm: NDArray[np.int8],
     seed: int,
+    effects: EffectSizes | None,
 ) -> list[tuple[NDArray[np.float64], float]]:
     """Scores of test rows and the boundary of predict, for each candidate of a group that shares a fit."""
     match family.name:
@@ -344,7 +350,7 @@ def _fit_and_score(
         case "decision_tree":
             return [(scores, 0.0) for scores in _depths(family, group, X, y, X_test, harm, seed)]
         case _:
-            models = [fit_rows(family, params, X, y, harm, seed) for params in group]
+            models = [fit_rows(family, params, X, y, harm, seed, effects) for params in group]
             return [(model.score(X_test), model.boundary) for model in models]
 
 
@@ -391,7 +397,7 @@ def _depths(
     grown, last = np.inf, np.empty(0)
     for limit in sorted({int(params["max_depth"]) for params in group}, reverse=True):
         if limit < grown:
-            model = fit_rows(family, {**group[0], "max_depth": limit}, X, y, harm, seed)
+            model = fit_rows(family, {**group[0], "max_depth": limit}, X, y, harm, seed, None)
             grown, last = model.estimator.get_depth(), model.score(X_test)
         scores[limit] = last
     return [scores[int(params["max_depth"])] for params in group]
