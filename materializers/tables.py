@@ -24,7 +24,7 @@ class TableMaterializer(BaseMaterializer):
     def load(self, data_type: type[Any]) -> pd.DataFrame:
         with self.artifact_store.open(f"{self.uri}/table.parquet", "rb") as file:
             stored = pq.read_table(file)
-        table = stored.to_pandas()
+        table: pd.DataFrame = stored.to_pandas()
         # Parquet does not say how pandas held its strings, and loses categories that no row has.
         dtypes = {name: "string[pyarrow]" for name, dtype in table.dtypes.items() if isinstance(dtype, pd.StringDtype)}
         columns = stored.schema.pandas_metadata["columns"]

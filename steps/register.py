@@ -37,6 +37,7 @@ def register(detector: Detector, selection: Selection) -> Annotated[str, "model_
         "view": detector.manifest.name,
         "view_digest": detector.manifest.digest,
         "limit": detector.limit,
+        "decision": str(selection.chosen),
         "reason": selection.reason,
         "scores": {
             ranked.name: {key: value for key, value in ranked.model_dump().items() if value is not None}

@@ -14,9 +14,13 @@ def connect() -> bool:
 
     Done by hand, since ZenML's own hook imports every flavour of MLflow after each step.
     """
-    tracker = Client().active_stack.experiment_tracker
+    stack = Client().active_stack
+    tracker = stack.experiment_tracker
     if not isinstance(tracker, MLFlowExperimentTracker):
         return False
     tracker.configure_mlflow()
+    if tracker.config.tracking_uri is None and mlflow.get_experiment_by_name(EXPERIMENT) is None:
+        # without a server, MLflow would leave files in whatever folder the run was started in
+        mlflow.create_experiment(EXPERIMENT, artifact_location=f"{stack.artifact_store.path}/mlflow_artifacts")
     mlflow.set_experiment(EXPERIMENT)
     return True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -43,7 +44,11 @@ def isolated_zenml(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """
     from zenml.client import Client
     from zenml.config.global_config import GlobalConfiguration
+    from zenml.integrations.registry import integration_registry
 
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # a warning of MLflow's as an error would cost ZenML the integration
+        integration_registry.activate_integrations()
     folder = tmp_path_factory.mktemp("zenml")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ZENML_CONFIG_PATH", str(folder))

@@ -282,5 +282,5 @@ def test_a_fold_that_cannot_be_trained_is_named(small: Small, recipe: Recipe) ->
     fit = small.splits.rows("random", "fit")
     flows = small.flows.copy()
     flows.loc[fit, "corrected"] = "benign"
-    with pytest.raises(ProtocolError, match="random: .*no malicious flow"):
+    with pytest.raises(ProtocolError, match=r"random: .*no malicious flow"):
         train(FAMILIES["decision_tree"], small.views["behaviour"], flows, small.splits, recipe)
