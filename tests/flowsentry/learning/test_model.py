@@ -13,10 +13,11 @@ from sklearn.ensemble import RandomForestClassifier
 from sklearn.preprocessing import FunctionTransformer
 
 from flowsentry.errors import StoreError
+from flowsentry.learning.effects import EffectSizes
 from flowsentry.learning.families import FAMILIES, fit
 from flowsentry.learning.model import Model
 
-CANDIDATES = [(name, i) for name, family in FAMILIES.items() for i in (0, len(family.candidates) - 1)]
+CANDIDATES = [(name, i) for name, family in FAMILIES.items() for i in sorted({0, len(family.candidates) - 1})]
 STUDY = ("logistic_regression", "svc", "knn", "decision_tree", "gradient_boosting")
 
 
@@ -29,7 +30,8 @@ def rows(n: int = 300) -> tuple[np.ndarray, np.ndarray]:
 def model_of(name: str, candidate: int = 0, n: int = 300) -> Model:
     family = FAMILIES[name]
     X, y = rows(n)
-    return fit(family, family.candidates[candidate], X, y, [1, 0, 0, -1], 0)
+    effects = EffectSizes(np.array([1.0, np.nan, np.nan, 1.0]), np.array([1.0, 1.0, 1.0, 2.0]))
+    return fit(family, family.candidates[candidate], X, y, [1, 0, 0, -1], 0, effects=effects)
 
 
 def forge(folder: Path, content: bytes) -> None:

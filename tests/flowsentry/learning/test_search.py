@@ -10,6 +10,7 @@ from sklearn.model_selection import GridSearchCV
 
 from flowsentry.errors import ProtocolError
 from flowsentry.learning import search as searching
+from flowsentry.learning.effects import EffectSizes
 from flowsentry.learning.families import FAMILIES, build
 from flowsentry.learning.search import held_out_folds, measure, search, stratified_group_folds
 
@@ -80,6 +81,7 @@ def test_the_small_budget_stays_small_and_is_reproducible(name: str, monkeypatch
             metric="recall_at_fpr",
             seed=5,
             exchange=exchange,
+            effects=EffectSizes(np.ones(len(HARM)), np.ones(len(HARM))),
             budget="small",
         )
         for _ in range(2)
