@@ -1,10 +1,15 @@
 from __future__ import annotations
 
+import gzip
+import io
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
+import pandas as pd
 import pytest
 
 import run
@@ -100,12 +105,120 @@ def test_a_folder_that_zenml_cannot_use_is_one_line(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["missing.csv", "empty.csv"])
-def test_flows_that_cannot_be_read_are_one_line(tmp_path: Path, name: str) -> None:
-    (tmp_path / "empty.csv").touch()
-    done = start(tmp_path, "--pipeline", "train", "--data", name)
+def test_flows_that_cannot_be_read_are_one_line(tmp_path: Path) -> None:
+    done = start(tmp_path, "--pipeline", "train", "--data", "missing.csv")
     assert done.returncode == 1
     assert "Traceback" not in done.stdout + done.stderr
-    (line,) = [line for line in done.stderr.splitlines() if line.strip()]
+    assert done.stderr.splitlines() == ["error: missing.csv does not exist; check the path given with --data"]
+
+
+HEADER = (
+    "_source_flow_id,_source_flow_final,_source_source_ip,_source_destination_ip,_source_network_bytes,"
+    "_source_network_transport,_source_@timestamp,_source_event_duration,_source_destination_port,"
+    "_source_source_port,label\n"
+)
+ROW = "a,True,10.0.0.1,10.0.0.2,421,tcp,2022-02-25T12:19:30.013Z,126359,8500.0,43226.0,benign\n"
+BIG = HEADER + "".join(ROW.replace("a,", f"{number},", 1) for number in range(20_000))
+"""More than is looked at before the run begins."""
+EVENT = {
+    "@timestamp": "2022-02-25T12:19:30.013Z",
+    "flow": {"id": "a", "final": True},
+    "source": {"ip": "10.0.0.1", "port": 43226},
+    "destination": {"ip": "10.0.0.2", "port": 8500},
+    "network": {"bytes": 421, "transport": "tcp"},
+    "event": {"duration": 126359},
+}
+
+
+def parquet(table: pd.DataFrame) -> bytes:
+    file = io.BytesIO()
+    table.to_parquet(file)
+    return file.getvalue()
+
+
+def noise(size: int) -> bytes:
+    return bytes(np.random.default_rng(0).integers(0, 256, size, dtype=np.uint8))
+
+
+BAD: dict[str, tuple[dict[str, str | bytes], list[str], str]] = {
+    # what is there, what is asked for, what the line says
+    "missing file": ({}, ["absent.csv"], "absent.csv does not exist; check the path"),
+    "missing folder": ({}, ["absent/"], "absent does not exist; check the path"),
+    "no match": ({}, ["*.parquet"], "*.parquet matches no file; check the pattern"),
+    "folder without data": ({"sub/.keep": ""}, ["sub"], "sub has no file with flows; put CSV, NDJSON or Parquet"),
+    "empty file": ({"x.csv": ""}, ["x.csv"], "x.csv is empty; give a file with flows"),
+    "empty gzip": ({"x.csv.gz": gzip.compress(b"")}, ["x.csv.gz"], "x.csv.gz is empty inside its gzip"),
+    "header only": ({"x.csv": HEADER}, ["x.csv"], "x.csv has a header but no rows"),
+    "header and blank lines": ({"x.csv": HEADER + "\n \n"}, ["x.csv"], "x.csv has a header but no rows"),
+    "wrong columns": (
+        {"x.csv": (HEADER + ROW).replace("_source_network_bytes", "_source_network_byte")},
+        ["x.csv"],
+        "missing _source_network_bytes (nearest found: _source_network_byte); rename or add them",
+    ),
+    "not a table": ({"x.csv": "hello\nworld\n"}, ["x.csv"], "x.csv"),
+    "binary garbage": ({"x.csv": noise(5000)}, ["x.csv"], "x.csv is binary, neither CSV, NDJSON, gzip nor Parquet"),
+    "garbage that says gzip": ({"x.gz": b"\x1f\x8b" + noise(5000)}, ["x.gz"], "x.gz is a damaged or truncated gzip"),
+    "truncated gzip": (
+        {"x.csv.gz": gzip.compress((HEADER + ROW * 50).encode())[:-12]},
+        ["x.csv.gz"],
+        "x.csv.gz is a damaged or truncated gzip file",
+    ),
+    "gzip truncated far behind": (
+        {"x.csv.gz": gzip.compress(BIG.encode())[:-2000]},
+        ["x.csv.gz"],
+        "x.csv.gz is a damaged or truncated gzip file",
+    ),
+    "gzip altered far behind": (
+        {"x.csv.gz": gzip.compress(BIG.encode())[:-8] + b"12345678"},
+        ["x.csv.gz"],
+        "x.csv.gz is a damaged or truncated gzip file",
+    ),
+    "not UTF-8": ({"x.csv": HEADER.encode() + b"\xe9" + ROW.encode()}, ["x.csv"], "x.csv is not UTF-8: byte 0xe9 in"),
+    "not UTF-8 far behind": (
+        {"x.csv": BIG.encode() + b"\xe9" + ROW.encode()},
+        ["x.csv"],
+        "x.csv is not UTF-8: byte 0xe9 in line 20002",
+    ),
+    "huge field in the header": ({"x.csv": "a" * (2 << 20)}, ["x.csv"], "line 1 is longer than 1 MiB"),
+    "huge field": ({"x.csv": HEADER + ROW + "a" * (2 << 20) + ROW}, ["x.csv"], "line 3 is longer than 1 MiB"),
+    "mixed layouts": (
+        {"mix/a.csv": HEADER + ROW, "mix/b.ndjson": json.dumps(EVENT) + "\n"},
+        ["mix"],
+        "mix",
+    ),
+    "one file twice": ({"x.csv": HEADER + ROW}, ["x.csv", "./x.csv"], "is given twice; name every file once"),
+    "JSON but no events": ({"x.json": json.dumps({"a": 1})}, ["x.json"], "x.json"),
+    "bad Parquet": ({"x.parquet": b"PAR1" + noise(500)}, ["x.parquet"], "x.parquet is a damaged Parquet file"),
+    "truncated Parquet": (
+        {"x.parquet": parquet(pd.DataFrame({"a": range(1000)}))[:-100]},
+        ["x.parquet"],
+        "x.parquet is a damaged Parquet file",
+    ),
+    "Parquet of something else": ({"x.parquet": parquet(pd.DataFrame({"a": [1]}))}, ["x.parquet"], "x.parquet"),
+    "Parquet without rows": (
+        {"x.parquet": parquet(pd.DataFrame(columns=HEADER.strip().split(","), dtype=str))},
+        ["x.parquet"],
+        "x.parquet has columns but no rows",
+    ),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore", "error:::(flowsentry|materializers|pipelines|run|stacks|steps)")
+@pytest.mark.parametrize("name", BAD)
+def test_bad_flows_are_one_line_that_names_them(
+    name: str, isolated_zenml: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files, data, expected = BAD[name]
+    for path, content in files.items():
+        (tmp_path / path).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / path).write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.chdir(tmp_path)
+    status = run.main(["--pipeline", "train", "--data", *data])
+    out, err = capsys.readouterr()
+    assert status == 1
+    assert "Traceback" not in out + err
+    (line,) = err.splitlines()
     assert line.startswith("error: ")
-    assert name in line
+    assert expected in line
+    assert not list(Path("reports").iterdir()), "a run that read nothing has no pages"
