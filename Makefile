@@ -55,12 +55,9 @@ check: setup ## Lint, formatting, types
 bench: setup ## Measure every figure that the documentation quotes; one of them: ONLY=kernel
 	@for script in benchmarks/$(or $(ONLY),[a-z]*).py; do echo "== $$script"; PYTHONPATH=. $(RUN) $$script; done
 
-# In the foreground, so that nothing is left behind and the user's ZenML client is not pointed anywhere else.
 .PHONY: dashboard
 dashboard: setup ## Serve ZenML's dashboard (runs, artifacts, reports) until Ctrl+C
-	@echo "http://127.0.0.1:$(DASHBOARD_PORT), Ctrl+C ends it"
-	@ZENML_ANALYTICS_OPT_IN=$${ZENML_ANALYTICS_OPT_IN:-false} ZENML_LOGGING_VERBOSITY=WARNING \
-		$(VENV)/bin/zenml login --local --blocking --port $(DASHBOARD_PORT)
+	@$(RUN) -m stacks.dashboard --port $(DASHBOARD_PORT)
 
 .PHONY: mlflow
 mlflow: setup ## Serve MLflow (every candidate: parameters, metrics, model) until Ctrl+C

@@ -77,15 +77,13 @@ def test_a_component_can_be_dropped(tmp_path: Path) -> None:
     assert Client().get_stack(stack).components[StackComponentType.EXPERIMENT_TRACKER]
 
 
-def test_activation_is_for_this_process_only(monkeypatch: pytest.MonkeyPatch, isolated_zenml: Path) -> None:
-    monkeypatch.setenv("ZENML_ACTIVE_STACK_ID", "")
-    monkeypatch.delenv("ZENML_ACTIVE_STACK_ID")
+def test_activation_is_for_this_process_only(fresh_zenml: Path) -> None:
     assert Client().active_stack_model.name == "default"
-    saved = (isolated_zenml / "config.yaml").read_text()
+    saved = (fresh_zenml / "config.yaml").read_text()
     stack = stacks.activate("local")
     assert os.environ["ZENML_ACTIVE_STACK_ID"] == str(stack)
     assert Client().active_stack_model.name == "flowsentry-local"
-    assert (isolated_zenml / "config.yaml").read_text() == saved
+    assert (fresh_zenml / "config.yaml").read_text() == saved
 
 
 def test_an_unknown_stack_is_an_error_that_lists_the_known() -> None:
