@@ -59,3 +59,16 @@ def isolated_zenml(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
         yield folder
     GlobalConfiguration._reset_instance()
     Client._reset_instance()
+
+
+@pytest.fixture
+def fresh_zenml(isolated_zenml: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The same ZenML as a new process finds it: no stack is active but the one on disk."""
+    from zenml.client import Client
+    from zenml.config.global_config import GlobalConfiguration
+
+    monkeypatch.setenv("ZENML_ACTIVE_STACK_ID", "")
+    monkeypatch.delenv("ZENML_ACTIVE_STACK_ID")
+    GlobalConfiguration._reset_instance()
+    Client._reset_instance()
+    return isolated_zenml

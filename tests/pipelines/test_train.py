@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import os
 import re
 import shutil
 import zipfile
@@ -374,11 +373,6 @@ def test_a_few_bad_rows_are_kept_and_the_run_goes_on(folder: Path) -> None:
     assert "+ 1 quarantined" in ran.out
 
 
-def test_the_users_own_active_stack_stays(first: Ran) -> None:
-    chosen = os.environ.pop("ZENML_ACTIVE_STACK_ID")
-    try:
-        assert Client().active_stack_model.name == "default"
-    finally:
-        os.environ["ZENML_ACTIVE_STACK_ID"] = chosen
-    stack = Client().get_stack("flowsentry-local")
-    assert StackComponentType.EXPERIMENT_TRACKER in stack.components
+def test_the_users_own_active_stack_stays(first: Ran, fresh_zenml: Path) -> None:
+    assert Client().active_stack_model.name == "default"
+    assert StackComponentType.EXPERIMENT_TRACKER in Client().get_stack("flowsentry-local").components

@@ -15,7 +15,8 @@ from stacks import apply as stacks
 
 LOCAL = stacks.FOLDER / "local.yaml"
 
-pytestmark = pytest.mark.usefixtures("isolated_zenml")
+# ZenML writes a stack that is updated while it is active to its configuration, as the one that the user chose
+pytestmark = pytest.mark.usefixtures("fresh_zenml")
 
 
 def changed(folder: Path, old: str, new: str) -> Path:
