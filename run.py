@@ -18,6 +18,7 @@ from pydantic import ValidationError
 from flowsentry import telemetry
 from flowsentry.config import TrainConfig, load
 from flowsentry.errors import ConfigError, FlowSentryError, StackError
+from flowsentry.flows import sources
 
 if TYPE_CHECKING:
     from pipelines.summary import RunSummary
@@ -90,6 +91,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if asked.data:
             config = _with_data(config, asked.data)
         _check_writable(Path(config.reports))
+        if not config.simulated:
+            sources.check(config.data)
         summary = _run(pipeline, config, stack=asked.stack, cache=not asked.no_cache)
     except FlowSentryError as error:
         print(f"error: {error}", file=sys.stderr)
