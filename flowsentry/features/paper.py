@@ -21,16 +21,23 @@ VERSION: Final = "1"
 WARM_UP_SECONDS: Final = 0
 
 FEATURES: Final = (
-    Feature(name="flow_id", unit="rank", description="the meter's flow id, ranked as text", kind="category"),
+    Feature(
+        name="flow_id", identity=True, unit="rank", description="the meter's flow id, ranked as text", kind="category"
+    ),
     Feature(name="final", unit="", description="the report is the flow's last by the meter", kind="flag"),
-    Feature(name="src_ip", unit="", description="source address: the number of an IPv4, 64 bits of hash of an IPv6"),
-    Feature(name="dst_ip", unit="", description="destination address, likewise"),
+    Feature(
+        name="src_ip",
+        identity=True,
+        unit="",
+        description="source address: the number of an IPv4, 64 bits of hash of an IPv6",
+    ),
+    Feature(name="dst_ip", identity=True, unit="", description="destination address, likewise"),
     Feature(name="bytes", unit="bytes", description="bytes in both directions"),
     Feature(name="transport", unit="rank", description="transport protocol, ranked as text", kind="category"),
-    Feature(name="time", unit="s", description="time of the last report, since 1970"),
+    Feature(name="time", identity=True, unit="s", description="time of the last report, since 1970"),
     Feature(name="duration", unit="ns", description="duration of the flow"),
-    Feature(name="dst_port", unit="", description="destination port, 0 where missing"),
-    Feature(name="src_port", unit="", description="source port, 0 where missing"),
+    Feature(name="dst_port", identity=True, unit="", description="destination port, 0 where missing"),
+    Feature(name="src_port", identity=True, unit="", description="source port, 0 where missing"),
 )
 
 

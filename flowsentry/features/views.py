@@ -24,6 +24,8 @@ class Feature(BaseModel):
     """category: an identity or a name that the transform ranks; number and flag: used as they are."""
     harm: Literal[-1, 0, 1] = 0
     """Direction of harm: 1 if higher is worse, -1 if lower is worse, 0 if neither is known."""
+    identity: bool = False
+    """The value says who or when: an address, a port, an id or a time. It cannot hold elsewhere or tomorrow."""
     minimum_effect: float | None = None
     """A flow may only be flagged if at least one of its features is at or above its minimum effect."""
 
