@@ -30,7 +30,7 @@ from flowsentry.learning.model import Model, Parameters
 CEILING: Final = 12.0
 """Highest surprise: the tail of a few thousand flows says nothing beyond it."""
 TAIL_SHARE: Final = 0.01
-"""Share of the calibration flows whose scores the exponential tail is fitted to (detection study, section 4)."""
+"""Share of the calibration flows whose scores the exponential tail is fitted to."""
 KNOTS: Final = 1000
 
 

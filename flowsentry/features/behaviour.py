@@ -2,8 +2,8 @@
 
 Units: flows and failures are counts, a burst is a ratio to the entity's own past peak of 60 s (at least 1), a failure
 is a TCP flow that carried no payload. Statistics of a service or a client are multiplied by the flow's own evidence
-(it failed, or its edge is new), so that the innocent flows of a victim do not look guilty. Minimum effects: the
-detection study, sections 4 and 6.1.
+(it failed, or its edge is new), so that the innocent flows of a victim do not look guilty. Minimum effects:
+docs/decisions/0009.
 """
 
 from __future__ import annotations

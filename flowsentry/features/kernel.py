@@ -27,8 +27,10 @@ from flowsentry.flows.reports import (
     BYTES,
     DURATION,
     ENDED,
+    FIELDS,
     FIRST,
     KEY_LAST,
+    MAX_FLOWS,
     STATE,
     FlowMemory,
     clock_milliseconds,
@@ -55,8 +57,8 @@ MAX_ENTITIES: Final = 1 << 19
 MAX_ENDPOINTS: Final = 1 << 22
 
 NO_PAYLOAD_BYTES: Final = 400
-"""A TCP flow up to this size carried nothing, where the source does not count packets (detection study, section 4:
-recall is flat from 400 to 700 bytes)."""
+"""A TCP flow up to this size carried nothing, where the source does not count packets: on the recording of February
+2022 recall is flat from 400 to 700 bytes."""
 HEADER_BYTES: Final = 80
 """A TCP flow with at most this many bytes a packet carried nothing, where the source counts packets: a SYN with
 options in an Ethernet frame has 74 to 78."""
@@ -154,20 +156,10 @@ def _touch(
     tick: int,
     begin: int,
 ) -> None:
-    """Bring an entity to `tick`: forget it if its lifetime is over, empty its silent ticks, learn its old buckets."""
+    """Bring an entity to `tick`: learn its old buckets, forget it if its lifetime is over, empty its silent ticks."""
     bucket = (tick - begin) // BUCKET_TICKS
     silent = tick - counters[slot, LAST]
-    lifetime = KNOWN_LIFETIME_TICKS if baseline[slot, FLOWS] > 0 else LIFETIME_TICKS
-    if counters[slot, FIRST_SEEN] < 0 or silent > lifetime:
-        counters[slot, :] = 0
-        counters[slot, FIRST_SEEN] = tick
-        counters[slot, OLDEST_BUCKET] = bucket
-        rings[slot, :, :] = 0
-        buckets[slot, :, :] = 0
-        baseline[slot, :] = 0
-    else:
-        for gap in range(1, min(silent, RING) + 1):
-            rings[slot, :, (tick - gap + 1) % RING] = 0
+    if counters[slot, FIRST_SEEN] >= 0:
         horizon = max(min(tick, begin + WARM_UP_TICKS), tick - LAG_TICKS)
         ripe = min((horizon - begin) // BUCKET_TICKS, bucket)
         oldest = counters[slot, OLDEST_BUCKET]
@@ -180,6 +172,17 @@ def _touch(
                     baseline[slot, field] += learned
                 buckets[slot, b % BUCKETS, field] = 0
         counters[slot, OLDEST_BUCKET] = max(oldest, ripe)
+    lifetime = KNOWN_LIFETIME_TICKS if baseline[slot, FLOWS] > 0 else LIFETIME_TICKS
+    if counters[slot, FIRST_SEEN] < 0 or silent > lifetime:
+        counters[slot, :] = 0
+        counters[slot, FIRST_SEEN] = tick
+        counters[slot, OLDEST_BUCKET] = bucket
+        rings[slot, :, :] = 0
+        buckets[slot, :, :] = 0
+        baseline[slot, :] = 0
+    else:
+        for gap in range(1, min(silent, RING) + 1):
+            rings[slot, :, (tick - gap + 1) % RING] = 0
     counters[slot, LAST] = tick
 
 
@@ -439,6 +442,12 @@ _ENTITY_SHAPES: Final[dict[str, tuple[tuple[int, ...], str]]] = {
     "baseline": ((LEARNED,), "float32"),
 }
 _ENDPOINT_SHAPES: Final[dict[str, tuple[tuple[int, ...], str]]] = {"endpoints": ((2,), "int64")}
+_TABLES: Final[dict[str, tuple[dict[str, tuple[tuple[int, ...], str]], int]]] = {
+    "flow": ({"flows": ((FIELDS,), "int64")}, MAX_FLOWS),
+    "endpoint": (_ENDPOINT_SHAPES, MAX_ENDPOINTS),
+    "entity": (_ENTITY_SHAPES, MAX_ENTITIES),
+}
+"""Tables of a checkpoint: what a row holds, and the most slots."""
 _TRANSPORTS: Final = {"tcp": TCP, "udp": 17, "icmp": 1, "ipv6-icmp": 58, "sctp": 132}
 
 
@@ -518,7 +527,8 @@ class Stream:
             self._endpoints = _thinned(self._endpoints, age, LIFETIME_TICKS, MAX_ENDPOINTS)
             self._used[1] = np.count_nonzero(self._endpoints.keys)
         if self._used[2] * 4 > len(self._entities.keys) * 3:
-            known = self._entities.arrays["baseline"][:, FLOWS] > 0
+            waiting = self._entities.arrays["buckets"][:, :, FLOWS].sum(axis=1)
+            known = self._entities.arrays["baseline"][:, FLOWS] + waiting > 0
             age = tick - self._entities.arrays["counters"][:, LAST]
             lifetime = np.where(known, KNOWN_LIFETIME_TICKS, LIFETIME_TICKS)
             self._entities = _thinned(self._entities, age, lifetime, MAX_ENTITIES)
@@ -566,10 +576,10 @@ class Stream:
                         f"{path}: a checkpoint of kernel version {header['kernel']}, this is {KERNEL_VERSION}: "
                         "begin the stream anew"
                     )
-                stream.seen, stream._begin, stream._clock = header["seen"], header["begin"], header["clock"]
+                stream.seen, stream._begin, stream._clock = (int(header[key]) for key in ("seen", "begin", "clock"))
                 flows, endpoints, entities = (
-                    _restored(arrays, kind, capacity)
-                    for kind, capacity in zip(("flow", "endpoint", "entity"), header["capacities"], strict=True)
+                    _restored(arrays, kind, int(capacity))
+                    for kind, capacity in zip(_TABLES, header["capacities"], strict=True)
                 )
         except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
             raise StoreError(f"{path}: not a readable checkpoint of a stream ({error})") from error
@@ -594,9 +604,24 @@ def _thinned(table: _Table, age: np.ndarray, lifetime: np.ndarray | int, most: i
 
 
 def _restored(arrays: np.lib.npyio.NpzFile, kind: str, capacity: int) -> _Table:
-    names = [name for name in arrays.files if name.startswith(f"{kind}_") and name != f"{kind}_keys"]
+    """A table of a checkpoint; compiled code trusts its shape, so anything else than what `save` writes is refused."""
+    shapes, most = _TABLES[kind]
     keys = arrays[f"{kind}_keys"]
-    compact = _Table(keys, {name.removeprefix(f"{kind}_"): arrays[name] for name in names})
+    compact = _Table(keys, {name: arrays[f"{kind}_{name}"] for name in shapes})
+    sound = (
+        keys.dtype == np.uint64
+        and keys.ndim == 1
+        and len(np.unique(keys)) == len(keys)
+        and not (keys == 0).any()
+        and len(keys) < capacity <= most
+        and capacity & (capacity - 1) == 0
+        and all(
+            compact.arrays[name].shape == (len(keys), *shape) and compact.arrays[name].dtype == dtype
+            for name, (shape, dtype) in shapes.items()
+        )
+    )
+    if not sound:
+        raise ValueError(f"its table of {kind} keys is not what was saved")
     return compact.rebuilt(np.ones(len(keys), bool), capacity)
 
 
@@ -605,7 +630,7 @@ def _has_payload(reports: pd.DataFrame) -> np.ndarray:
     most = np.full(len(reports), NO_PAYLOAD_BYTES, np.int64)
     if "packets" in reports:
         sources = reports["src_ip"].cat
-        ipv6 = np.array([":" in str(address) for address in sources.categories] + [False])[sources.codes.to_numpy()]
+        ipv6 = np.array([*(":" in str(address) for address in sources.categories), False])[sources.codes.to_numpy()]
         packets = reports["packets"].fillna(-1).to_numpy(np.int64)
         most = np.where(packets >= 0, (HEADER_BYTES + IPV6_BYTES * ipv6) * packets, most)
     return np.asarray((_transport_numbers(reports["transport"]) != TCP) | (reports["bytes"].to_numpy(np.int64) > most))

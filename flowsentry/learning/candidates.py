@@ -185,6 +185,7 @@ def fit_fold(
         seed=recipe.seed,
         exchange=exchange,
         effects=EffectSizes(*transform.minimum_effects()),
+        target_fpr=recipe.target_fpr,
         budget="full" if fold.protocol == "random" else "small",
     )
     fitted = detectors.fit(
@@ -214,13 +215,14 @@ def score_fold(detector: Detector, features: FeatureSet, splits: Splits, fold: F
 def judge_baselines(
     features: FeatureSet, flows: pd.DataFrame, splits: Splits, recipe: Recipe
 ) -> dict[str, tuple[FittedBaseline, pd.DataFrame]]:
-    """Fit every baseline in every fold, with limits set as for candidates.
+    """Fit every baseline in every fold, with limits and minimum effects as for candidates.
 
     Returns:
         By name: the baseline as fitted in the first fold, and its scores as `Candidate.scores`.
     """
-    names = [feature.name for feature in features.manifest.features if feature.kind != "category"]
+    names = [f.name for f in features.manifest.features if f.kind != "category" and not f.identity]
     per_flow = features.rows.groupby("flow")[names].max().reindex(flows.index)
+    has_effect = detectors.effect(per_flow, features.manifest.features) | (not recipe.needs_effect)
     malicious = is_malicious(flows[LABEL_COLUMN[recipe.labels]])
     limit = -math.log10(recipe.target_fpr)
     first: dict[str, FittedBaseline] = {}
@@ -234,7 +236,8 @@ def judge_baselines(
             first.setdefault(baseline.name, baseline)
             tail = Tail.fit(baseline.score(flows[calibration], per_flow[calibration]))
             raw = baseline.score(flows[judged], per_flow[judged])
-            table = score_table(fold, np.flatnonzero(judged), tail.surprise(raw), limit, raw > 0)
+            surprise = np.where(has_effect[judged], tail.surprise(raw), 0.0)
+            table = score_table(fold, np.flatnonzero(judged), surprise, limit, raw > 0)
             scores.setdefault(baseline.name, []).append(table)
     return {name: (first[name], _joined(tables)) for name, tables in scores.items()}
 

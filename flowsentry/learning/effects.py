@@ -1,4 +1,5 @@
-"""Effect sizes: how far a row is beyond the minimum effects that its view states. Nothing is learned from attacks.
+"""Effect sizes: how far a row is beyond the minimum effects that its view states. Nothing is learned from rows;
+the minimum effects themselves were set by hand (docs/decisions/0009).
 
 The score is the greatest excess over the features, on the view's own logarithmic scale: a burst of four times its
 minimum effect is as bad as a fan-out of four times its own. Where a row stands among benign ones does not enter, so

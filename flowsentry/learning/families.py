@@ -95,7 +95,7 @@ FAMILIES: Final[dict[str, Family]] = {
             {"max_leaf_nodes": (8, 31), "learning_rate": (0.1, 0.3)},
             None,
         ),
-        Family("effects", "Effect sizes (no training)", False, {}, None, learns=False),
+        Family("effects", "Effect sizes (fixed)", False, {}, None, learns=False),
         Family("tails", "Signed tails (benign only)", False, {"combine": ("max", "top3", "sum")}, None),
     )
 }

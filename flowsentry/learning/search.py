@@ -117,7 +117,7 @@ def search(
     exchange: NDArray[np.int64] | None = None,
     effects: EffectSizes | None = None,
     budget: Budget = "full",
-    target_fpr: float = 0.005,
+    target_fpr: float,
     on_progress: Progress | None = None,
 ) -> SearchResult:
     """Find the best candidate of a family; ties go to the first in the order of the grid.

@@ -30,7 +30,7 @@ class SimulationSettings(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
-    seed: int = Field(default=0, ge=0, lt=2**31)
+    seed: int = Field(default=42, ge=0, lt=2**31)
     minutes: int = Field(default=150, ge=40, le=60 * 24 * 7)
     """Length of the recording, the first 30 minutes without attacks."""
     scale: float = Field(default=0.3, gt=0, le=1000)

@@ -277,6 +277,55 @@ def test_a_damaged_checkpoint_is_refused_by_name(tmp_path, content):
         Stream.load(path)
 
 
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("entity_counters", lambda array: array[:, :1]),
+        ("entity_rings", lambda array: array.astype("float64")),
+        ("flow_keys", np.zeros_like),
+        ("endpoint_keys", lambda array: array[:1].repeat(len(array))),
+        ("header", lambda array: np.frombuffer(array.tobytes().replace(b"4096, 4096]", b"4096, 1000]"), np.uint8)),
+        ("header", lambda array: np.frombuffer(array.tobytes().replace(b"4096, 4096]", b"4096, 2]"), np.uint8)),
+        ("header", lambda array: np.frombuffer(array.tobytes().replace(b"[4096", b"[1125899906842624"), np.uint8)),
+        (
+            "header",
+            lambda array: np.frombuffer(array.tobytes().replace(b'"begin": ', b'"begin": "x", "b": '), np.uint8),
+        ),
+    ],
+)
+def test_a_checkpoint_that_compiled_code_could_not_trust_is_refused(tmp_path, name, change):
+    path = tmp_path / "stream.npz"
+    stream = Stream()
+    stream.advance(make_reports([{"src_port": 40000 + i} for i in range(5)]))
+    stream.save(path)
+    with np.load(path) as archive:
+        arrays = dict(archive)
+    changed = change(arrays[name])
+    assert changed.tobytes() != arrays[name].tobytes()
+    np.savez(path, **arrays | {name: changed})
+    with pytest.raises(StoreError, match=r"stream\.npz"):
+        Stream.load(path)
+
+
+@pytest.mark.parametrize("pause", [61 * MINUTE, 20 * 60 * MINUTE])
+def test_an_edge_that_answers_once_in_a_while_becomes_normal(pause):
+    got = features([{"at": i * pause} for i in range(4)])
+    assert [row["edge_new"] for row in got] == [1, 0, 0, 0]
+
+
+def test_an_edge_that_was_silent_for_more_than_a_day_is_new_again():
+    assert [row["edge_new"] for row in features([{"at": 0}, {"at": 25 * 60 * MINUTE}])] == [1, 1]
+
+
+def test_a_failure_is_forgotten_after_an_hour():
+    beacon = {"dst_port": 4444, "bytes": 60}
+    warm = [{"at": i * 60} for i in range(31)]
+    got = features(
+        [*warm, {"at": 31 * MINUTE, **beacon}, {"at": 50 * MINUTE, **beacon}, {"at": 200 * MINUTE, **beacon}]
+    )
+    assert [row["service_dead"] for row in got[-3:]] == [1, 2, 1]
+
+
 def test_a_checkpoint_of_another_kernel_is_refused(tmp_path, monkeypatch):
     path = tmp_path / "stream.npz"
     Stream().save(path)

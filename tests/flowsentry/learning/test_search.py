@@ -36,7 +36,7 @@ def plain_scores(name: str, X: np.ndarray, y: np.ndarray, folds: list) -> dict[f
 def test_every_candidate_scores_as_in_a_plain_grid_search(name: str) -> None:
     X, y = rows()
     folds = stratified_group_folds(y, np.arange(len(y)), 3, 0)
-    found = search(FAMILIES[name], X, y, harm=HARM, folds=folds, metric="accuracy", seed=0)
+    found = search(FAMILIES[name], X, y, harm=HARM, folds=folds, metric="accuracy", seed=0, target_fpr=0.005)
     expected = plain_scores(name, X, y, folds)
     assert len(found.trials) == len(expected)
     for trial in found.trials:
@@ -49,7 +49,7 @@ def test_a_race_reaches_the_best_of_the_grid(name: str, monkeypatch: pytest.Monk
     monkeypatch.setattr(searching, "RUNGS", {name: (200, 400)})
     X, y = rows(1200)
     folds = stratified_group_folds(y, np.arange(len(y)), 3, 0)
-    found = search(FAMILIES[name], X, y, harm=HARM, folds=folds, metric="accuracy", seed=0)
+    found = search(FAMILIES[name], X, y, harm=HARM, folds=folds, metric="accuracy", seed=0, target_fpr=0.005)
     assert found.score == pytest.approx(max(plain_scores(name, X, y, folds).values()), abs=1e-12)
     reached = [trial.rows for trial in found.trials]
     assert reached.count(800) <= len(reached) / 3
@@ -60,7 +60,9 @@ def test_ties_go_to_the_first_candidate() -> None:
     X, y = np.repeat([[0.0] * 4, [1.0] * 4], 60, axis=0), np.repeat([False, True], 60)
     folds = stratified_group_folds(y, np.arange(120), 3, 0)
     for name in ("decision_tree", "knn", "tails"):
-        found = search(FAMILIES[name], X, y, harm=HARM, folds=folds, metric="average_precision", seed=0)
+        found = search(
+            FAMILIES[name], X, y, harm=HARM, folds=folds, metric="average_precision", seed=0, target_fpr=0.005
+        )
         assert found.score == 1.0
         assert found.best == FAMILIES[name].candidates[0]
 
@@ -80,6 +82,7 @@ def test_the_small_budget_stays_small_and_is_reproducible(name: str, monkeypatch
             folds=folds,
             metric="recall_at_fpr",
             seed=5,
+            target_fpr=0.005,
             exchange=exchange,
             effects=EffectSizes(np.ones(len(HARM)), np.ones(len(HARM))),
             budget="small",
@@ -95,7 +98,7 @@ def test_a_row_cap_bounds_the_last_round() -> None:
     X, y = rows(900)
     folds = stratified_group_folds(y, np.arange(900), 3, 0)
     family = replace(FAMILIES["knn"], row_cap=300)
-    found = search(family, X, y, harm=HARM, folds=folds, metric="accuracy", seed=0)
+    found = search(family, X, y, harm=HARM, folds=folds, metric="accuracy", seed=0, target_fpr=0.005)
     assert {trial.rows for trial in found.trials} <= {299, 300, 301}
 
 
@@ -109,7 +112,7 @@ def test_progress_is_told_of_every_fit() -> None:
         with lock:
             told.append((done, total, note))
 
-    search(FAMILIES["knn"], X, y, harm=HARM, folds=folds, metric="accuracy", seed=0, on_progress=tell)
+    search(FAMILIES["knn"], X, y, harm=HARM, folds=folds, metric="accuracy", seed=0, target_fpr=0.005, on_progress=tell)
     assert sorted(done for done, _, _ in told) == list(range(1, 7))
     assert {total for _, total, _ in told} == {6}
     assert "12 candidates on 200 rows" in told[0][2]
@@ -119,9 +122,18 @@ def test_a_fold_of_one_class_is_named() -> None:
     X, y = rows(90)
     benign = np.flatnonzero(~y)
     with pytest.raises(ProtocolError, match="fold 1 has no malicious flow among its test rows"):
-        search(FAMILIES["knn"], X, y, harm=HARM, folds=[(np.arange(90), benign)], metric="accuracy", seed=0)
+        search(
+            FAMILIES["knn"],
+            X,
+            y,
+            harm=HARM,
+            folds=[(np.arange(90), benign)],
+            metric="accuracy",
+            seed=0,
+            target_fpr=0.005,
+        )
     with pytest.raises(ProtocolError, match="without a fold"):
-        search(FAMILIES["knn"], X, y, harm=HARM, folds=[], metric="accuracy", seed=0)
+        search(FAMILIES["knn"], X, y, harm=HARM, folds=[], metric="accuracy", seed=0, target_fpr=0.005)
 
 
 def test_recall_at_fpr_breaks_ties_as_if_at_random() -> None:
