@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Annotated, Any, Final, Literal, TypeVar, Union, get_args, get_origin
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, ValidationError, ValidationInfo, field_validator
 from pydantic_core import ErrorDetails
 
 from flowsentry.errors import ConfigError
+from flowsentry.features.splits import MOST_ROTATIONS
 from flowsentry.simulation.settings import SimulationSettings
 
 SIMULATE: Final = "simulate"
@@ -29,6 +30,10 @@ class Section(BaseModel):
     """Part of a configuration: no conversion of types, no unknown keys, no changes later."""
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+def _families(given: Mapping[str, Any]) -> list[FamilyName]:
+    return [name for name in get_args(FamilyName) if name != "effects" or given.get("view") != "paper"]
 
 
 def _data(value: object) -> list[str]:
@@ -51,7 +56,7 @@ class SplitSettings(Section):
     """How flows are divided."""
 
     seed: int = Field(default=0, ge=0, lt=2**31)
-    rotations: int = Field(default=2, ge=1, le=20)
+    rotations: int = Field(default=2, ge=1, le=MOST_ROTATIONS)
     """Divisions of the benign flows under protocol `family`; each held-out family is tested on all of them."""
 
 
@@ -90,7 +95,8 @@ class TrainConfig(Section):
     view: Literal["behaviour", "paper"] = "behaviour"
     validation: ValidationSettings = ValidationSettings()
     splits: SplitSettings = SplitSettings()
-    families: list[FamilyName] = Field(default=list(get_args(FamilyName)), min_length=1)
+    families: list[FamilyName] = Field(default_factory=_families, min_length=1)
+    """Model families to train; without any given all that the view allows."""
     search: SearchSettings = SearchSettings()
     limit: LimitSettings = LimitSettings()
     select: SelectSettings = SelectSettings()
@@ -102,6 +108,13 @@ class TrainConfig(Section):
     def _each_family_once(cls, value: list[FamilyName]) -> list[FamilyName]:
         if repeated := sorted({name for name in value if value.count(name) > 1}):
             raise ValueError(f"names {repeated[0]} more than once")
+        return value
+
+    @field_validator("families")
+    @classmethod
+    def _families_suit_the_view(cls, value: list[FamilyName], info: ValidationInfo) -> list[FamilyName]:
+        if "effects" in value and info.data.get("view") == "paper":
+            raise ValueError("should leave effects out: the view paper states no minimum effects")
         return value
 
     @property
@@ -123,7 +136,9 @@ def load(path: Path, model: type[M]) -> M:
         return model.model_validate(document)
     except ValidationError as error:
         keys = dict(_keys(model))
-        told = [_explain(path, details, keys, lines) for details in error.errors(include_url=False)]
+        # A default that depends on a key that is wrong is no mistake of its own.
+        mistakes = [d for d in error.errors(include_url=False) if d["type"] != "default_factory_not_called"]
+        told = [_explain(path, details, keys, lines) for details in mistakes]
     raise ConfigError("\n".join(line for _, line in sorted(told)))
 
 

@@ -69,6 +69,12 @@ def test_data_is_one_name_or_a_list(tmp_path: Path, text: str, data: list[str]) 
     assert config.simulated == (data == ["simulate"])
 
 
+def test_the_view_paper_is_trained_with_every_family_but_effects(tmp_path: Path) -> None:
+    everything = load(write(tmp_path, "view: behaviour\n"), TrainConfig).families
+    assert load(write(tmp_path, "view: paper\n"), TrainConfig).families == [f for f in everything if f != "effects"]
+    assert "effects" in everything
+
+
 def test_a_config_survives_json() -> None:
     config = TrainConfig()
     assert TrainConfig.model_validate(config.model_dump(mode="json")) == config
@@ -112,6 +118,14 @@ def test_a_config_survives_json() -> None:
         ),
         ("families: [svc, knn, tree]\n", "given.yaml:1: families[2] should be one of"),
         ("families: [svc, svc]\n", "given.yaml:1: families names svc more than once"),
+        (
+            "view: paper\nfamilies: [svc, effects]\n",
+            "given.yaml:2: families should leave effects out: the view paper states no minimum effects",
+        ),
+        (
+            "splits: {rotations: 4}\n",
+            "given.yaml:1: splits.rotations should be less than or equal to 3, not 4",
+        ),
         ("families: []\n", "given.yaml:1: families should not be empty"),
         ("search: 3\n", "given.yaml:1: search should hold keys with values, not 3"),
         ("search:\n", "given.yaml:1: search should hold keys with values, not None (nothing)"),
