@@ -8,10 +8,11 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from flowsentry.detector import Detector
+from flowsentry.detector import Detector, effect
 from flowsentry.errors import ProtocolError, StoreError
 from flowsentry.features.splits import Fold
 from flowsentry.features.views import FeatureSet
+from flowsentry.learning import candidates
 from flowsentry.learning.candidates import (
     SCORED_PARTS,
     Candidate,
@@ -22,7 +23,7 @@ from flowsentry.learning.candidates import (
     train,
 )
 from flowsentry.learning.families import FAMILIES
-from flowsentry.learning.search import SearchResult
+from flowsentry.learning.search import SearchResult, search
 
 if TYPE_CHECKING:
     from tests.flowsentry.conftest import Small
@@ -284,3 +285,43 @@ def test_a_fold_that_cannot_be_trained_is_named(small: Small, recipe: Recipe) ->
     flows.loc[fit, "corrected"] = "benign"
     with pytest.raises(ProtocolError, match=r"random: .*no malicious flow"):
         train(FAMILIES["decision_tree"], small.views["behaviour"], flows, small.splits, recipe)
+
+
+def test_the_search_looks_at_the_configured_limit(
+    small: Small, recipe: Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def spy(*args: Any, **settings: Any) -> SearchResult:
+        asked.append(settings["target_fpr"])
+        return search(*args, **settings)
+
+    monkeypatch.setattr(candidates, "search", spy)
+    for target in (0.01, 0.002):
+        changed = recipe.model_copy(update={"target_fpr": target})
+        fit_fold(
+            FAMILIES["tails"], small.views["behaviour"], small.flows, small.splits, folds(small)["random"], changed
+        )
+    assert asked == [0.01, 0.002]
+
+
+def test_a_baseline_flags_nothing_without_a_minimum_effect(small: Small, recipe: Recipe) -> None:
+    features = small.views["behaviour"]
+    names = features.manifest.names
+    has_effect = effect(
+        features.rows.groupby("flow")[names].max().reindex(small.flows.index), features.manifest.features
+    )
+    flagged = 0
+    for _, scores in judge_baselines(features, small.flows, small.splits, recipe).values():
+        assert has_effect[scores.loc[scores["flagged"], "flow"].to_numpy()].all()
+        flagged += int(scores["flagged"].sum())
+    assert flagged > 0
+
+
+def test_the_best_single_column_is_none_that_the_view_calls_an_identity(small: Small, recipe: Recipe) -> None:
+    view = small.views["paper"]
+    identities = {feature.name for feature in view.manifest.features if feature.identity}
+    assert identities == {"flow_id", "src_ip", "dst_ip", "time", "dst_port", "src_port"}
+    only_ports = replace(view, rows=view.rows.assign(dst_port=small.flows["label"].eq("malicious").astype(float)))
+    best, _ = judge_baselines(only_ports, small.flows, small.paper_splits, recipe)["best_column"]
+    assert not any(name in best.learned for name in identities)
