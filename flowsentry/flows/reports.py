@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 
 from flowsentry.flows.hashing import compiled, find, hash_text, place_all
+from flowsentry.flows.schema import MALICIOUS, is_malicious
 
 FLOW_LIFETIME_TICKS: Final = 360
 """Ticks of 10 s after which a silent flow is forgotten: Packetbeat reports an active flow every tick."""
@@ -155,6 +156,8 @@ def identify(reports: pd.DataFrame) -> np.ndarray:
 def collapse(reports: pd.DataFrame) -> pd.DataFrame:
     """One row per flow: its last report, how many reports it had, and the time of the first.
 
+    The label is malicious if that of any report is, else that of the last report.
+
     Args:
         reports: canonical reports with the column `flow`.
 
@@ -168,6 +171,9 @@ def collapse(reports: pd.DataFrame) -> pd.DataFrame:
     last[flow] = positions
     first[flow[::-1]] = positions[::-1]
     flows = reports.iloc[last].reset_index(drop=True)
+    malicious = np.bincount(flow, weights=is_malicious(reports["label"]), minlength=len(last)) > 0
+    if malicious.any():
+        flows["label"] = flows["label"].mask(malicious, MALICIOUS)
     flows["reports"] = np.bincount(flow, minlength=len(last)).astype(np.int32)
     flows["first_time"] = reports["time"].iloc[first].reset_index(drop=True)
     return flows

@@ -78,6 +78,20 @@ def test_collapse_keeps_the_last_report_the_count_and_the_first_time():
     assert (flows["first_time"] - START).dt.total_seconds().tolist() == [0, 1]
 
 
+def test_a_flow_is_malicious_if_any_of_its_reports_is():
+    labels = {"a": ["malicious", "benign"], "b": ["benign", None], "c": [None, "malicious"], "d": ["malicious", None]}
+    table = make_reports([{"flow_id": name, "label": label} for name in labels for label in labels[name]])
+    table["flow"] = identify(table)
+    flows = collapse(table)
+    assert flows["label"].astype(object).fillna("missing").tolist() == [
+        "malicious",
+        "missing",
+        "malicious",
+        "malicious",
+    ]
+    assert flows["label"].dtype == table["label"].dtype
+
+
 def test_no_reports_give_no_flows():
     table = make_reports([{}]).iloc[:0]
     table["flow"] = identify(table)
