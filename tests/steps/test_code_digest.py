@@ -10,7 +10,7 @@ from steps import code_digest
 
 @pytest.fixture
 def digest_of(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[], str]]:
-    for folder in ("flowsentry", "materializers", "steps", "tests"):
+    for folder in ("flowsentry", "materializers", "requirements", "steps", "tests"):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "code.py").write_text("a = 1\n")
     (tmp_path / "flowsentry" / "page.html.j2").write_text("<p>")
@@ -41,6 +41,18 @@ def test_a_file_more_or_with_another_name_changes_it(digest_of: Callable[[], str
     (tmp_path / "steps" / "more.py").rename(tmp_path / "steps" / "other.py")
     digests.add(digest_of())
     assert len(digests) == 3
+
+
+def test_other_locked_requirements_or_another_python_change_it(
+    digest_of: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    digests = {digest_of()}
+    for content in ("pandas==2.3.0", "pandas==2.3.1"):
+        (tmp_path / "requirements" / "runtime.txt").write_text(content)
+        digests.add(digest_of())
+    monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
+    digests.add(digest_of())
+    assert len(digests) == 4
 
 
 @pytest.mark.parametrize("file", ["tests/code.py", "README.md", "flowsentry/__pycache__/code.cpython-311.pyc"])
