@@ -129,6 +129,8 @@ def _check_writable(folder: Path) -> None:
             pass
     except OSError as error:
         raise ConfigError(f"{folder}: reports cannot be written there: {error.strerror}") from None
+    except ValueError as error:  # a NUL within the name
+        raise ConfigError(f"{str(folder)!r}: reports cannot be written there: {error}") from None
 
 
 def _run(pipeline: Pipeline, config: TrainConfig, *, stack: str, cache: bool) -> RunSummary:

@@ -12,6 +12,7 @@ from flowsentry import telemetry
 telemetry.disable()
 
 from zenml.client import Client  # noqa: E402
+from zenml.enums import StoreType  # noqa: E402
 
 
 def main() -> None:
@@ -30,9 +31,11 @@ def main() -> None:
 def skip_survey() -> None:
     """Answer the form that asks for name, address and consent to mail before the first page, with no.
 
-    An answer that the user gave stays.
+    An answer that the user gave stays, and so does everything on a server.
     """
     client = Client()
+    if client.zen_store.type != StoreType.SQL:
+        return
     user = client.get_user(client.active_user.id)
     if user.email_opted_in is None:
         metadata = {**user.user_metadata, "finished_onboarding_survey": True}

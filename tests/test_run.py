@@ -67,6 +67,14 @@ def test_a_folder_that_cannot_be_written_is_found_before_anything_runs(
     assert line == f"error: {tmp_path}/file/reports: reports cannot be written there: Not a directory"
 
 
+def test_a_folder_whose_name_cannot_be_is_one_line(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    config = tmp_path / "mine.yaml"
+    config.write_text('reports: "re\\0ports"\n')
+    status, line = refused(capsys, "--pipeline", "train", "--config", str(config))
+    assert status == 2
+    assert line == r"error: 're\x00ports': reports cannot be written there: embedded null byte"
+
+
 def start(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """run.py as a user starts it, in an empty folder."""
     kept = {name: os.environ[name] for name in ("PATH", "LANG", "LD_LIBRARY_PATH") if name in os.environ}
