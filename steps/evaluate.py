@@ -51,7 +51,8 @@ def evaluate(
         {name: table for name, (_, table) in baselines.items()},
         titles={name: family.title for name, family in FAMILIES.items()}
         | {name: baseline.title for name, (baseline, _) in baselines.items()},
-        uses_identity={name: baseline.uses_identity for name, (baseline, _) in baselines.items()},
+        uses_identity=dict.fromkeys(scores, any(feature.identity for feature in features.manifest.features))
+        | {name: baseline.uses_identity for name, (baseline, _) in baselines.items()},
         limit=candidates[0].detector.limit,
         data={
             "view": features.manifest.name,

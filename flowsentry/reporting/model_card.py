@@ -20,6 +20,9 @@ FLOWS_PER_DAY: Final = 100_000
 _UNTESTED: Final = (
     "Kinds of attack that are not in these recordings are untested; so are other clusters and other meters."
 )
+_EFFECTS: Final = (
+    "The minimum effects were set by hand, on the recording of February 2022 and on simulated flows of seeds 0 to 2."
+)
 
 
 def model_card(
@@ -183,5 +186,7 @@ def _limits(evaluation: Evaluation, entry: Entry, manifest: ViewManifest) -> lis
             f"{evaluation.corrections:,} published labels count as wrong by a versioned rule; scores on published "
             "labels punish a detector for being right about them."
         )
+    if any(feature.minimum_effect is not None for feature in manifest.features):
+        lines.append(_EFFECTS)
     lines.append(_UNTESTED)
     return lines

@@ -71,6 +71,23 @@ def test_known_limits_come_from_the_measurements(card):
     assert "The first 1,800 s" in text
 
 
+@pytest.mark.parametrize("effect", [None, 3.0])
+def test_a_view_with_minimum_effects_says_where_they_come_from(
+    evaluation, flows, splits, model_scores, manifest, effect
+):
+    feature = manifest.features[0].model_copy(update={"minimum_effect": effect})
+    card = model_card(
+        evaluation=evaluation,
+        selection=choose(evaluation, protocol="random", metric="accuracy", labels="corrected"),
+        manifest=manifest.model_copy(update={"features": (feature,)}),
+        parameters={},
+        rows={},
+        target_fpr=0.01,
+        validation=validation_scores(flows, splits, {"decision_tree": model_scores})["decision_tree"],
+    )
+    assert any("set by hand, on the recording of February 2022" in line for line in card["limits"]) == bool(effect)
+
+
 def test_card_page_is_escaped_and_complete(card):
     page = model_card_html(card)
     assert EVIL not in page
