@@ -12,7 +12,7 @@ from flowsentry.flows import schema, sources
 from flowsentry.simulation import SimulationSettings, simulate
 
 DEFAULT = (
-    Path(os.environ.get("FLOWSENTRY_REAL_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+    Path(os.environ.get("FLOWSENTRY_REAL_DATA", Path(__file__).resolve().parents[1] / "data"))
     / "elastic_february2022_flows.csv.gz"
 )
 

@@ -2,8 +2,8 @@
 
     make bench ONLY=sweep
 
-Prints, per family of the original study, the best mean accuracy over three folds of 70% of
-the flows (view `paper`), the seconds of both, and their ratio; the last line is the sum. The same as JSON with --json.
+Prints, per family of the original study, the best mean accuracy over three folds of 70% of the flows (view `paper`),
+the seconds of both, and their ratio; the last line is the sum. The same as JSON with --json.
 """
 
 from __future__ import annotations

@@ -17,10 +17,10 @@ REPOSITORY = Path(__file__).resolve().parent.parent
 
 
 def _real_data_file(name: str) -> Path:
-    folder = Path(os.environ.get("FLOWSENTRY_REAL_DATA", REPOSITORY.parent / "shared" / "data"))
+    folder = Path(os.environ.get("FLOWSENTRY_REAL_DATA", REPOSITORY / "data"))
     path = folder / name
     if not path.is_file():
-        pytest.skip(f"real flows are not here: {name} is missing in FLOWSENTRY_REAL_DATA (default ../shared/data)")
+        pytest.skip(f"real flows are not here: {name} is missing in FLOWSENTRY_REAL_DATA (default data/)")
     return path
 
 

@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
 import tomllib
 from pathlib import Path
 
@@ -51,3 +53,22 @@ def test_the_lock_has_a_hash_for_everything_and_no_address(name: str) -> None:
 @pytest.mark.parametrize("python", ["3.11.9", "3.12.9"])
 def test_what_is_installed_for_people_is_what_is_tested(python: str) -> None:
     assert locked("runtime", python).items() <= locked("dev", python).items()
+
+
+def test_ci_takes_real_flows_from_beside_the_repository_unless_told_where(tmp_path: Path) -> None:
+    repository = tmp_path / "repository"
+    shutil.copytree(ROOT / ".ci", repository / ".ci")
+    make = tmp_path / "bin" / "make"
+    make.parent.mkdir()
+    make.write_text('#!/bin/sh\necho "$* with ${FLOWSENTRY_REAL_DATA-nothing}"\n')
+    make.chmod(0o755)
+
+    def told(**environment: str) -> str:
+        search = {"PATH": f"{make.parent}:/usr/bin:/bin"}
+        done = subprocess.run([repository / ".ci" / "run"], env=search | environment, capture_output=True, check=True)
+        return done.stdout.decode().strip()
+
+    assert told() == "test with nothing"
+    (tmp_path / "shared" / "data").mkdir(parents=True)
+    assert told() == f"test with {tmp_path}/shared/data"
+    assert told(FLOWSENTRY_REAL_DATA="elsewhere") == "test with elsewhere"
