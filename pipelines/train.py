@@ -12,6 +12,7 @@ from flowsentry.flows import sources
 from flowsentry.learning.candidates import Recipe
 from flowsentry.simulation import SimulationSettings
 from pipelines.summary import RunSummary, run_name, summarise
+from steps.check_protocol import check_protocol
 from steps.code_digest import code_digest
 from steps.engineer import engineer
 from steps.evaluate import evaluate
@@ -34,12 +35,17 @@ def train(
     recipe: Recipe,
     selecting: SelectSettings,
 ) -> None:
-    """Load → validate → engineer → train_sweep (one step for each family) → evaluate → select → register."""
+    """Load → validate → engineer → train_sweep (one step for each family) → evaluate → select → register.
+
+    Step check_protocol runs before any train_sweep: nothing is trained if the deciding protocol is impossible.
+    """
     reports, unreadable_rows, files = load(data, digests, simulation)
     valid_reports, _, rules, rows, _ = validate(reports, unreadable_rows, max_quarantine_share)
     flows, features, splits, _ = engineer(valid_reports, files, rules, view, splitting)
+    check_protocol(flows, splits, selecting.protocol, id="check_protocol")
     candidates = [
-        train_sweep(features, flows, splits, family, recipe, id=f"train_sweep_{family}") for family in families
+        train_sweep(features, flows, splits, family, recipe, id=f"train_sweep_{family}", after="check_protocol")
+        for family in families
     ]
     evaluation, _ = evaluate(candidates, features, flows, splits, recipe, rows)
     selection, detector, _, _ = select(evaluation, candidates, flows, splits, recipe, selecting)

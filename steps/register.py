@@ -12,6 +12,7 @@ from zenml.model.utils import link_artifact_version_to_model_version
 
 from flowsentry.detector import Detector
 from flowsentry.learning.selection import Selection
+from steps.select import scores
 
 MODEL = "flowsentry"
 
@@ -39,10 +40,7 @@ def register(detector: Detector, selection: Selection) -> Annotated[str, "model_
         "limit": detector.limit,
         "decision": str(selection.chosen),
         "reason": selection.reason,
-        "scores": {
-            ranked.name: {key: value for key, value in ranked.model_dump().items() if value is not None}
-            for ranked in selection.ranking
-        },
+        "scores": scores(selection),
     }
     log_metadata(metadata=metadata, model_version_id=version.id)
     version.set_stage(ModelStages.STAGING, force=True)

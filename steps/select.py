@@ -65,7 +65,7 @@ def select(
         labels=recipe.labels,
         max_fpr=settings.max_fpr,
     )
-    log_metadata({"decision": selection.chosen or "nothing", "reason": selection.reason, "scores": _scores(selection)})
+    log_metadata({"decision": selection.chosen or "nothing", "reason": selection.reason, "scores": scores(selection)})
     if selection.chosen is None:
         raise NothingSelected(selection.reason)
     candidate = next(c for c in candidates if c.family == selection.chosen)
@@ -84,7 +84,8 @@ def select(
     return selection, candidate.detector.with_card(card), verdicts, HTMLString(model_card_html(card))
 
 
-def _scores(selection: Selection) -> dict[str, Any]:
+def scores(selection: Selection) -> dict[str, Any]:
+    """What the ranking says of each candidate and baseline, by name, for metadata; without what is undefined."""
     return {
         ranked.name: {key: value for key, value in ranked.model_dump().items() if value is not None}
         for ranked in selection.ranking
@@ -94,9 +95,9 @@ def _scores(selection: Selection) -> dict[str, Any]:
 def _validation_verdicts(candidate: Candidate, flows: pd.DataFrame, splits: Splits) -> pd.DataFrame:
     """What the detector says of the validation flows: place of the flow's last report, truth, score and label."""
     validation = splits.rows("random", "validation")
-    scores = candidate.scores[candidate.scores["fold"] == "random"].set_index("flow").loc[validation]
+    random = candidate.scores[candidate.scores["fold"] == "random"].set_index("flow").loc[validation]
     columns = [c for c in ("recording", "file", "row", "flow_id", "label", "corrected", "family") if c in flows]
     verdicts = flows.loc[validation, columns].reset_index(names="flow")
-    verdicts["anomaly_score"] = scores["score"].to_numpy()
-    verdicts["verdict"] = pd.Series(scores["flagged"].to_numpy()).map({True: MALICIOUS, False: BENIGN})
+    verdicts["anomaly_score"] = random["score"].to_numpy()
+    verdicts["verdict"] = pd.Series(random["flagged"].to_numpy()).map({True: MALICIOUS, False: BENIGN})
     return verdicts

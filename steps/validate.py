@@ -60,5 +60,14 @@ def validate(
         f"{rows['read']:,} rows read = {rows['flows']:,} flows + {rows['merged_reports']:,} merged reports "
         f"+ {rows['quarantined']:,} quarantined"
     )
-    log_metadata({"rows": dict(rows), "labels": told.as_dict()})
+    checks = checked.result["expectations"]
+    passed = sum(check["success"] for check in checks)
+    log_metadata(
+        {
+            "rows": dict(rows),
+            "labels": told.as_dict(),
+            "expectations": {"checked": len(checks), "passed": passed},
+            "bad_rows_by_reason": checked.result["bad_rows_by_reason"],
+        }
+    )
     return valid, checked.quarantine, told.versions, rows, HTMLString(checked.page)

@@ -117,7 +117,12 @@ def require(splits: Splits, protocol: Protocol) -> list[Fold]:
         ProtocolError: the flows do not allow the protocol.
     """
     if protocol in splits.impossible:
-        raise ProtocolError(f"protocol {protocol} cannot be carried out on these flows: {splits.impossible[protocol]}")
+        possible = [name for name in PROTOCOLS if name not in splits.impossible]
+        remedy = f"set select.protocol to {' or '.join(possible)}, or " if possible else ""
+        raise ProtocolError(
+            f"protocol {protocol} cannot be carried out on these flows: {splits.impossible[protocol]}; "
+            f"{remedy}give other flows"
+        )
     return splits.of(protocol)
 
 

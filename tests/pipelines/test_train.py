@@ -36,6 +36,7 @@ STEPS = {
     "load",
     "validate",
     "engineer",
+    "check_protocol",
     *(f"train_sweep_{family}" for family in FAMILIES),
     "evaluate",
     "select",
@@ -130,7 +131,8 @@ def test_a_run_goes_through_all_steps_and_says_what_it_selected(first: Ran) -> N
 
 def test_every_family_is_a_step_of_its_own_that_waits_for_no_other(first: Ran) -> None:
     for family in FAMILIES:
-        assert first.run.steps[f"train_sweep_{family}"].spec.upstream_steps == ["engineer"]
+        upstream = first.run.steps[f"train_sweep_{family}"].spec.upstream_steps
+        assert set(upstream) == {"engineer", "check_protocol"}
     assert {f"train_sweep_{family}" for family in FAMILIES} <= set(first.run.steps["evaluate"].spec.upstream_steps)
 
 
@@ -155,6 +157,8 @@ def test_rows_are_accounted_for(first: Ran) -> None:
     logged = first.run.steps["validate"].run_metadata["rows"]
     assert logged == dict(zip(("read", "flows", "merged_reports", "quarantined"), (read, *parts), strict=True))
     assert logged == first.load("validate", "rows")
+    expectations = first.run.steps["validate"].run_metadata["expectations"]
+    assert expectations["checked"] == expectations["passed"] > 10
 
 
 def test_every_artifact_comes_back_as_what_it_was(first: Ran) -> None:
@@ -321,7 +325,10 @@ def test_files_of_the_published_layout_run_with_the_view_of_the_study(folder: Pa
     config = "view: paper\nlabels: published\nfamilies: [decision_tree]\nsplits: {rotations: 1}\n"
     ran = start(folder, config + "search: {folds: 2, metric: accuracy}\n" + EASY, "--data", "mine.csv.gz")
     assert ran.status == 0, ran.err
-    assert ran.load("select", "detector").manifest.name == "paper"
+    detector = ran.load("select", "detector")
+    assert detector.manifest.name == "paper"
+    assert detector.card["view"]["uses_identity"] is True
+    assert detector.card["limits"][0].startswith("The view holds identities")
     files = ran.load("load", "files")
     assert list(files) == ["mine.csv.gz"]
     assert ran.load("engineer", "features").manifest.lineage["file mine.csv.gz"] == files["mine.csv.gz"]
@@ -342,6 +349,17 @@ def test_flows_without_both_labels_are_one_clear_line(folder: Path) -> None:
         assert ran.error.startswith("error: training needs benign and malicious flows, but of ")
         assert "give flows with both labels" in ran.error
         assert ran.pages == {"validation.html", "view.html"}
+
+
+def test_a_protocol_that_the_flows_do_not_allow_ends_the_run_before_training(folder: Path) -> None:
+    published(folder)
+    ran = start(folder, SMALL + HARD, "--data", "it.csv.gz")
+    assert ran.status == 1
+    assert ran.error.startswith("error: protocol family cannot be carried out on these flows: needs two groups")
+    assert "; set select.protocol to random" in ran.error
+    assert ran.states["engineer"] == ExecutionStatus.COMPLETED
+    assert not [name for name in ran.states if name.startswith("train_sweep")]
+    assert ran.pages == {"validation.html", "view.html"}
 
 
 def test_too_many_bad_rows_fail_the_run_and_are_kept(folder: Path) -> None:
@@ -370,6 +388,9 @@ def test_a_few_bad_rows_are_kept_and_the_run_goes_on(folder: Path) -> None:
     assert ran.states["engineer"] == ExecutionStatus.COMPLETED
     assert ran.pages == {"validation.html", "view.html", "quarantine.csv"}
     assert ran.load("validate", "quarantine")["row"].tolist() == [4]
+    told = ran.run.steps["validate"].run_metadata
+    assert told["expectations"]["passed"] == told["expectations"]["checked"] - 1
+    assert list(told["bad_rows_by_reason"].values()) == [1]
     assert "+ 1 quarantined" in ran.out
 
 
