@@ -115,9 +115,14 @@ class Detector:
             surprise[effect] = self.tail.surprise(self.model.score(self.transform.apply(rows[effect])))
         return surprise
 
-    def predict(self, rows: pd.DataFrame) -> np.ndarray:
-        """Bool [rows]: what the model's own decision says, without limit and minimum effect, as the study did."""
-        return self.model.predict(self.transform.apply(rows))
+    def judge(self, rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+        """Score, and what the model's own decision says without limit and minimum effect, as the study did.
+
+        Returns:
+            float64 [rows] as `score`, and bool [rows].
+        """
+        raw = self.model.score(self.transform.apply(rows))
+        return np.where(self._effect(rows), self.tail.surprise(raw), 0.0), raw > self.model.boundary
 
     def verdicts(self, reports: pd.DataFrame) -> pd.DataFrame:
         """Judge whole recordings of raw reports.

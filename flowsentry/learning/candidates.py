@@ -207,8 +207,9 @@ def score_fold(detector: Detector, features: FeatureSet, splits: Splits, fold: F
     """Scores of the flows of a fold that the detector was neither fitted nor calibrated on."""
     wanted = splits.parts[fold.name].isin(SCORED_PARTS).to_numpy()
     rows = features.rows[wanted[features.rows["flow"].to_numpy()]]
-    flow, score = detectors.worst(detector.score(rows), rows["flow"].to_numpy())
-    _, predicted = detectors.worst(detector.predict(rows).astype(float), rows["flow"].to_numpy())
+    scores, own = detector.judge(rows)
+    flow, score = detectors.worst(scores, rows["flow"].to_numpy())
+    _, predicted = detectors.worst(own.astype(float), rows["flow"].to_numpy())
     return score_table(fold, flow, score, detector.limit, predicted > 0)
 
 

@@ -33,7 +33,7 @@ class SimulationSettings(BaseModel):
     seed: int = Field(default=42, ge=0, lt=2**31)
     minutes: int = Field(default=150, ge=40, le=60 * 24 * 7)
     """Length of the recording, the first 30 minutes without attacks."""
-    scale: float = Field(default=0.3, gt=0, le=1000)
+    scale: float = Field(default=0.25, gt=0, le=1000)
     """Traffic factor; 1 gives the benign rates of the February 2022 recording, about 2.8 flows a second."""
     attacks: tuple[Attack, ...] = tuple(GROUPS)
     hard_negatives: tuple[HardNegative, ...] = HARD_NEGATIVES

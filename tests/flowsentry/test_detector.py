@@ -131,7 +131,7 @@ def test_without_a_minimum_effect_a_flow_is_no_surprise_whatever_the_model_says(
     assert (gated.score(rows)[~effect] == 0).all()
     assert (free.score(rows)[~effect] > 0).any()
     assert (gated.score(rows)[effect] == free.score(rows)[effect]).all()
-    assert (gated.predict(rows) == free.predict(rows)).all()
+    assert (gated.judge(rows)[1] == free.judge(rows)[1]).all()
 
 
 def test_nothing_to_score_is_no_error(small: Small) -> None:
@@ -165,7 +165,7 @@ def test_a_stored_detector_gives_the_same_verdicts_bit_by_bit(
     loaded = Detector.load(tmp_path / "it")
     rows = small.views[view].rows
     assert loaded.score(rows).tobytes() == detector.score(rows).tobytes()
-    assert (loaded.predict(rows) == detector.predict(rows)).all()
+    assert (loaded.judge(rows)[1] == detector.judge(rows)[1]).all()
     assert replace(loaded, model=detector.model) == detector
 
 
@@ -341,3 +341,11 @@ def test_a_view_with_other_columns_is_not_scored(small: Small) -> None:
     rows: FeatureSet = small.views["paper"]
     with pytest.raises(KeyError):
         trained(small).score(rows.rows)
+
+
+def test_judging_scores_as_scoring_does(small: Small) -> None:
+    rows = small.views["behaviour"].rows
+    detector = trained(small)
+    scores, own = detector.judge(rows)
+    assert scores.tobytes() == detector.score(rows).tobytes()
+    assert own.tolist() == detector.model.predict(detector.transform.apply(rows)).tolist()

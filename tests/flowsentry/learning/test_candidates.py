@@ -137,7 +137,7 @@ def test_the_chosen_labels_are_learned_from(small: Small, recipe: Recipe) -> Non
             small.splits,
             fold,
             recipe.model_copy(update={"labels": labels, "metric": "accuracy"}),
-        )[1].predict(small.views["behaviour"].rows)
+        )[1].judge(small.views["behaviour"].rows)[1]
         for labels in ("published", "corrected")
     )
     assert (published != corrected).mean() > 0.9

@@ -84,7 +84,7 @@ def test_the_table_is_canonical_and_keeps_to_what_a_source_may_know(default_repo
 def test_the_default_recording_has_the_size_that_training_is_made_for(
     default_reports: pd.DataFrame, default_flows: pd.DataFrame
 ) -> None:
-    assert 10_000 <= len(default_flows) <= 16_000
+    assert 8_000 <= len(default_flows) <= 14_000
     assert len(default_reports) <= 45_000
     assert 0.6 <= default_flows["label"].eq("benign").mean() <= 0.75
 
