@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import logging
+import os
 from typing import Final
+
+from opentelemetry.instrumentation.logging.handler import LoggingHandler
 
 from flowsentry.errors import FlowSentryError
 
@@ -32,6 +35,9 @@ def quiet() -> None:
     for handler in logging.getLogger().handlers:
         if isinstance(handler, logging.StreamHandler):
             handler.addFilter(_worth_reading)
+    # Its flush starts a thread, which Python 3.12 refuses while it ends; ZenML flushes at the end of each step itself.
+    LoggingHandler.flushOnClose = False  # type: ignore[attr-defined]
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     # these two have handlers of their own
     for name in ("mlflow", "alembic"):
         logging.getLogger(name).setLevel(logging.WARNING)

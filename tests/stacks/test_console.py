@@ -5,8 +5,10 @@ import logging
 from collections.abc import Iterator
 
 import pytest
+from opentelemetry.instrumentation.logging.handler import LoggingHandler
 
 from flowsentry.errors import SourceError
+from stacks import console
 from stacks.console import quiet
 
 STEPS = "zenml.orchestrators.step_launcher"
@@ -58,3 +60,8 @@ def test_an_error_nobody_foresaw_keeps_its_traceback(console: io.StringIO) -> No
     fail("zenml.orchestrators.local.local_orchestrator", "Step load failed.", ZeroDivisionError("by zero"))
     assert "Step load failed." in console.getvalue()
     assert "ZeroDivisionError: by zero" in console.getvalue()
+
+
+def test_no_handler_starts_a_thread_while_the_interpreter_ends() -> None:
+    console.quiet()
+    assert not getattr(LoggingHandler(), "flushOnClose", True)
