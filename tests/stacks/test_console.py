@@ -8,7 +8,6 @@ import pytest
 from opentelemetry.instrumentation.logging.handler import LoggingHandler
 
 from flowsentry.errors import SourceError
-from stacks import console
 from stacks.console import quiet
 
 STEPS = "zenml.orchestrators.step_launcher"
@@ -63,5 +62,5 @@ def test_an_error_nobody_foresaw_keeps_its_traceback(console: io.StringIO) -> No
 
 
 def test_no_handler_starts_a_thread_while_the_interpreter_ends() -> None:
-    console.quiet()
+    quiet()
     assert not getattr(LoggingHandler(), "flushOnClose", True)
