@@ -70,6 +70,8 @@ lock: $(UV) ## Resolve pyproject.toml into requirements/ again; packages named i
 			$$(test $$extra = dev && echo --extra dev) $(addprefix --upgrade-package ,$(UPGRADE)) \
 			pyproject.toml -o requirements/$$extra.txt; \
 	done
+	$(UV) pip compile --quiet --universal --python-version 3.11 --generate-hashes --no-header --no-annotate \
+		-c requirements/runtime.txt requirements/serving.in -o requirements/serving.txt
 
 .PHONY: clean
 clean: ## Remove the environment and everything that can be made again

@@ -6,8 +6,11 @@ FlowSentryError             shown to the user as one line, without a traceback
 ├── DownloadError           a published file could not be fetched whole
 ├── ValidationFailed        too many rows of a recording are bad
 ├── ProtocolError           a protocol cannot be carried out on these flows (one class, one family, ...)
-├── NothingSelected             no candidate may ship
-├── StoreError              a stored view, model or detector is damaged or of another version
+├── NothingSelected         no candidate may ship
+├── StoreError              a stored view, model, detector, bundle or stream is damaged or of another version
+├── ServiceError            a service refuses a request, or does not answer
+├── DeployError             a service could not be started, promoted or rolled back
+├── GateFailed              a challenger may not become the champion
 └── StackError              a stack is unknown, incomplete or not reachable
 """
 
@@ -43,7 +46,19 @@ class NothingSelected(FlowSentryError):
 
 
 class StoreError(FlowSentryError):
-    """A stored view, model or detector is damaged or of another version."""
+    """A stored view, model, detector, bundle or stream is damaged or of another version."""
+
+
+class ServiceError(FlowSentryError):
+    """A service refuses a request, or does not answer."""
+
+
+class DeployError(FlowSentryError):
+    """A service could not be started, promoted or rolled back."""
+
+
+class GateFailed(FlowSentryError):
+    """A challenger may not become the champion."""
 
 
 class StackError(FlowSentryError):

@@ -1,0 +1,1 @@
+"""Monitoring: what production says, held against what is known."""
