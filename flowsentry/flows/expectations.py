@@ -10,9 +10,7 @@ environment variable `GX_ANALYTICS_ENABLED` is false before that import.
 from __future__ import annotations
 
 import html
-import ipaddress
 import warnings
-from collections.abc import Hashable
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -22,16 +20,20 @@ import pandas as pd
 from flowsentry.errors import ValidationFailed
 from flowsentry.flows._typing import RAW_LENGTH
 from flowsentry.flows._validation_page import self_contained
-from flowsentry.flows.schema import BENIGN, BY_NAME, MALICIOUS, SCHEMA, TIME_DTYPE
+from flowsentry.flows.schema import (
+    BENIGN,
+    BY_NAME,
+    MALICIOUS,
+    MAX_COUNT,
+    MAX_DURATION_NS,
+    MAX_PORT,
+    SCHEMA,
+    TIME_DTYPE,
+    TRANSPORTS,
+    is_address,
+)
 from flowsentry.flows.sources import QUARANTINE
 
-TRANSPORTS: Final = (
-    *("tcp", "udp", "icmp", "ipv6-icmp", "icmpv6", "icmp6", "sctp", "dccp", "udplite"),
-    *("igmp", "gre", "esp", "ah", "ipip", "ipv6", "ospf", "pim", "vrrp", "l2tp"),
-)
-MAX_COUNT: Final = 2**53
-"""Bytes and packets above this are a broken counter: 9 petabytes in one flow, and no longer exact as a float."""
-MAX_DURATION_NS: Final = 10 * 365 * 86_400 * 10**9
 TIME_MARGIN_SECONDS: Final = 86_400
 """A report may be this much, and a tenth of the central span more, away from the central 98% of its recording."""
 
@@ -154,7 +156,7 @@ def _suite(columns: pd.Index) -> Any:
         checks.append(gxe.ExpectColumnValuesToBeOfType(column=name, type_=_TYPES[dtype], meta={"reason": reason}))
     for name in ("flow_id", "src_ip", "dst_ip", "time"):
         checks.append(gxe.ExpectColumnValuesToNotBeNull(column=name, meta={"reason": f"{name} is missing"}))
-    most = {"src_port": 65_535, "dst_port": 65_535, "duration": MAX_DURATION_NS}
+    most = {"src_port": MAX_PORT, "dst_port": MAX_PORT, "duration": MAX_DURATION_NS}
     for name in ("src_port", "dst_port", "bytes", "duration", "packets", *_DIRECTIONS):
         if name in columns:
             top = most.get(name, MAX_COUNT)
@@ -213,15 +215,7 @@ def _statements(table: pd.DataFrame) -> pd.DataFrame:
 
 def _is_address(column: pd.Series) -> np.ndarray:
     """Checked once for each distinct address; true where missing, which is a rule of its own."""
-
-    def parses(text: Hashable) -> bool:
-        try:
-            ipaddress.ip_address(str(text))
-        except ValueError:
-            return False
-        return True
-
-    valid = np.array([*map(parses, column.cat.categories), True])
+    valid = np.array([*(is_address(str(text)) for text in column.cat.categories), True])
     return np.asarray(valid[column.cat.codes.to_numpy()], bool)
 
 

@@ -33,7 +33,8 @@ def mix(first: np.uint64, second: np.uint64) -> np.uint64:
 
 
 @compiled
-def _hash_bytes(offsets: np.ndarray, data: np.ndarray) -> np.ndarray:
+def hash_bytes(offsets: np.ndarray, data: np.ndarray) -> np.ndarray:
+    """What `hash_text` gives for the texts `data[offsets[i]:offsets[i + 1]]`, int64 [texts + 1] and uint8 in UTF-8."""
     result = np.empty(len(offsets) - 1, np.uint64)
     for i in range(len(result)):
         h = np.uint64(0xCBF29CE484222325)
@@ -64,7 +65,7 @@ def hash_text(texts: pd.Series) -> np.ndarray:
     _, offsets, data = array.buffers()
     starts = np.frombuffer(offsets, np.int64)[array.offset : array.offset + len(array) + 1]
     content = np.frombuffer(data, np.uint8) if data is not None else np.empty(0, np.uint8)
-    return _hash_bytes(starts, content)
+    return hash_bytes(starts, content)
 
 
 @compiled

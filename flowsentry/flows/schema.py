@@ -7,6 +7,8 @@ the flow's number, and it has the same columns.
 
 from __future__ import annotations
 
+import ipaddress
+import socket
 from dataclasses import dataclass
 from typing import Final, Literal
 
@@ -18,6 +20,18 @@ MALICIOUS: Final = "malicious"
 
 TICK_SECONDS: Final = 10
 """Reporting period of the meter (Packetbeat's default), seconds."""
+
+TRANSPORTS: Final = (
+    *("tcp", "udp", "icmp", "ipv6-icmp", "icmpv6", "icmp6", "sctp", "dccp", "udplite"),
+    *("igmp", "gre", "esp", "ah", "ipip", "ipv6", "ospf", "pim", "vrrp", "l2tp"),
+)
+"""Names of transport protocols that a report may have."""
+MAX_PORT: Final = 65_535
+MAX_COUNT: Final = 2**53
+"""Bytes and packets above this are a broken counter: 9 petabytes in one flow, and no longer exact as a float."""
+MAX_DURATION_NS: Final = 10 * 365 * 86_400 * 10**9
+MAX_ADDRESS_LENGTH: Final = 64
+"""Characters of the longest address, an IPv6 with the name of its interface."""
 
 
 @dataclass(frozen=True)
@@ -99,3 +113,16 @@ def conform(table: pd.DataFrame) -> pd.DataFrame:
 def is_malicious(labels: pd.Series) -> np.ndarray:
     """Bool array: True where the label is malicious, False where benign or missing."""
     return labels.eq(MALICIOUS).fillna(False).to_numpy(bool)
+
+
+def is_address(text: str) -> bool:
+    """Whether the text is an IPv4 or IPv6 address."""
+    try:
+        socket.inet_pton(socket.AF_INET6 if ":" in text else socket.AF_INET, text)
+    except (OSError, ValueError):
+        # Ten times as slow, and knows the interface of an IPv6.
+        try:
+            ipaddress.ip_address(text)
+        except ValueError:
+            return False
+    return len(text) <= MAX_ADDRESS_LENGTH
