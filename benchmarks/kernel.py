@@ -20,6 +20,7 @@ import pandas as pd
 from _data import DEFAULT, recording, repeated
 
 from flowsentry.features import kernel
+from flowsentry.flows.columns import NO_PAYLOAD_BYTES, Columns
 from flowsentry.flows.hashing import hash_text
 from flowsentry.flows.reports import clock_milliseconds
 
@@ -34,12 +35,13 @@ def main() -> None:
     parser.add_argument("--copies", type=int, default=10)
     arguments = parser.parse_args()
     reports = repeated(recording(arguments.flows), arguments.copies, 1)
-    kernel.Stream().advance(reports.iloc[:1000])
+    kernel.Stream().advance(Columns.of(reports.iloc[:1000]))
 
     durations = []
     for _ in range(3):
         begin = time.perf_counter()
-        features, turned = kernel.Stream().advance(reports)
+        advanced = kernel.Stream().advance(Columns.of(reports))
+        features, turned = advanced.features, advanced.is_reversed
         durations.append(time.perf_counter() - begin)
     own = statistics.median(durations)
 
@@ -93,7 +95,7 @@ def oriented(reports: pd.DataFrame, turned: np.ndarray) -> pd.DataFrame:
             "tick": clock_milliseconds(reports["time"]) // 10_000,
             "service": service.groupby(list(service.columns)).ngroup().to_numpy(),
             "client": pd.factorize(client)[0],
-            "failed": (reports["transport"].eq("tcp") & (reports["bytes"] <= kernel.NO_PAYLOAD_BYTES)).to_numpy(),
+            "failed": (reports["transport"].eq("tcp") & (reports["bytes"] <= NO_PAYLOAD_BYTES)).to_numpy(),
         }
     )
 

@@ -5,10 +5,13 @@ Evaluation, batch inference and whatever serves a model call it: what is tested 
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -17,21 +20,30 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from flowsentry.errors import ProtocolError, StoreError
-from flowsentry.features import behaviour, paper
+from flowsentry.features import behaviour, kernel, paper
 from flowsentry.features.transform import Transform
 from flowsentry.features.views import Feature, ViewManifest
-from flowsentry.flows import reports as flow_reports
+from flowsentry.flows.columns import Columns
 from flowsentry.flows.schema import BENIGN, MALICIOUS
 from flowsentry.learning.effects import EffectSizes
 from flowsentry.learning.families import Family
 from flowsentry.learning.families import fit as fit_model
 from flowsentry.learning.model import Model, Parameters
+from flowsentry.reasons import Reason, explain
 
 CEILING: Final = 12.0
 """Highest surprise: the tail of a few thousand flows says nothing beyond it."""
 TAIL_SHARE: Final = 0.01
 """Share of the calibration flows whose scores the exponential tail is fitted to."""
 KNOTS: Final = 1000
+
+
+@dataclass(frozen=True, eq=False)
+class _Knots:
+    """The knots of a tail as arrays."""
+
+    scores: np.ndarray
+    surprises: np.ndarray
 
 
 class Tail(BaseModel):
@@ -75,11 +87,15 @@ class Tail(BaseModel):
 
     def surprise(self, scores: np.ndarray) -> np.ndarray:
         """-log10 of the share of benign flows expected to score as high; 0..CEILING."""
-        knots = np.array(self.scores)
-        surprise = np.interp(scores, knots, self.surprises, left=0.0)
+        knots = self._knots.scores
+        surprise = np.interp(scores, knots, self._knots.surprises, left=0.0)
         beyond = np.maximum(scores - knots[-1], 0)
         spread = max(self.excess, 1e-9)
         return np.asarray(np.minimum(surprise + beyond / spread / math.log(10), CEILING))
+
+    @cached_property
+    def _knots(self) -> _Knots:
+        return _Knots(np.array(self.scores), np.array(self.surprises))
 
 
 class _Limit(BaseModel):
@@ -107,12 +123,28 @@ class Detector:
         """Surprise at and above which a flow is flagged."""
         return -math.log10(self.target_fpr)
 
-    def score(self, rows: pd.DataFrame) -> np.ndarray:
-        """Surprise of rows of the view, float64 [rows]; 0 where no feature reaches its minimum effect."""
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 (hex) of everything that decides a verdict: all that `save` writes but the card."""
+        with tempfile.TemporaryDirectory() as name:
+            folder = Path(name)
+            self.save(folder)
+            hashed = hashlib.sha256()
+            for path in sorted(path for path in folder.rglob("*") if path.is_file() and path.name != "card.json"):
+                content = hashlib.sha256(path.read_bytes()).hexdigest()
+                hashed.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+        return hashed.hexdigest()
+
+    def score(self, rows: pd.DataFrame | np.ndarray) -> np.ndarray:
+        """Surprise of rows of the view, float64 [rows]; 0 where no feature reaches its minimum effect.
+
+        Args:
+            rows: the view's columns; for a view without categories also [rows, features] in the view's order.
+        """
         surprise = np.zeros(len(rows))
-        effect = self._effect(rows)
-        if effect.any():
-            surprise[effect] = self.tail.surprise(self.model.score(self.transform.apply(rows[effect])))
+        has_effect = self._effect(rows)
+        if has_effect.any():
+            surprise[has_effect] = self.tail.surprise(self.model.score(self._transformed(rows[has_effect])))
         return surprise
 
     def judge(self, rows: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
@@ -121,8 +153,12 @@ class Detector:
         Returns:
             float64 [rows] as `score`, and bool [rows].
         """
-        raw = self.model.score(self.transform.apply(rows))
+        raw = self.model.score(self._transformed(rows))
         return np.where(self._effect(rows), self.tail.surprise(raw), 0.0), raw > self.model.boundary
+
+    def watch(self, stream: kernel.Stream | None = None) -> Watch:
+        """Set the detector to work on a stream: a new one, or one that goes on."""
+        return Watch(self, stream or kernel.Stream())
 
     def verdicts(self, reports: pd.DataFrame) -> pd.DataFrame:
         """Judge whole recordings of raw reports.
@@ -131,36 +167,35 @@ class Detector:
             reports: canonical reports; each recording is a stream of its own, in arrival order.
 
         Returns:
-            One row per report: `flow` (number), `anomaly_score` (the flow's worst so far), `threshold`, `label`,
-            `warm` (the stream's baseline is past its warm-up). View `paper` judges a flow's last report only and
-            has one row per flow.
+            One row per report, with the index of `reports`: `flow` (number, unique over recordings), `anomaly_score`,
+            `threshold`, `label`, `warm`, `first_alarm` (missing without), and of malicious ones `anomaly_type`,
+            `baseline_window` and `reasons`. The verdict of a flow is that of its last report.
         """
-        reports = reports.assign(flow=flow_reports.identify(reports))
-        if self.manifest.name == paper.NAME:
-            judged = flow_reports.collapse(reports)
-            rows = paper.compute(judged)
-        else:
-            judged = reports
-            rows, _ = behaviour.compute(reports)
-        score = pd.Series(self.score(rows), index=judged.index)
-        worst = score.groupby(judged["flow"].to_numpy()).cummax()
-        begin = judged.groupby("recording", observed=True)["time"].transform("min")
-        warm_up = pd.Timedelta(seconds=self.manifest.warm_up_seconds)
-        return pd.DataFrame(
-            {
-                "flow": judged["flow"].to_numpy(),
-                "anomaly_score": worst.to_numpy(),
-                "threshold": self.limit,
-                "label": np.where(worst >= self.limit, MALICIOUS, BENIGN),
-                "warm": (judged["time"] - begin >= warm_up).to_numpy(),
-            }
-        )
+        parts, following = [], 0
+        for _, part in reports.groupby("recording", observed=True, sort=False):
+            judged = self.watch().take(Columns.of(part))
+            parts.append(judged.table().set_index(part.index).assign(flow=judged.flow + following))
+            following += int(judged.flow.max()) + 1
+        return pd.concat(parts).reindex(reports.index) if parts else _no_verdicts()
 
     def with_card(self, card: dict[str, Any]) -> Detector:
         return replace(self, card=card)
 
-    def _effect(self, rows: pd.DataFrame) -> np.ndarray:
-        return effect(rows, self.manifest.features) if self.needs_effect else np.ones(len(rows), bool)
+    def _effect(self, rows: pd.DataFrame | np.ndarray) -> np.ndarray:
+        if not self.needs_effect:
+            return np.ones(len(rows), bool)
+        if isinstance(rows, pd.DataFrame):
+            return effect(rows, self.manifest.features)
+        places, limits = self._effect_limits
+        return np.asarray((rows[:, places] >= limits).any(axis=1)) if len(places) else np.ones(len(rows), bool)
+
+    @cached_property
+    def _effect_limits(self) -> tuple[np.ndarray, np.ndarray]:
+        stated = [(i, f.minimum_effect) for i, f in enumerate(self.manifest.features) if f.minimum_effect is not None]
+        return np.array([i for i, _ in stated], np.int64), np.array([limit for _, limit in stated], np.float32)
+
+    def _transformed(self, rows: pd.DataFrame | np.ndarray) -> np.ndarray:
+        return self.transform.apply(rows) if isinstance(rows, pd.DataFrame) else self.transform.apply_values(rows)
 
     def save(self, folder: Path) -> None:
         """Write JSON files and the model's own folder; no pickle."""
@@ -200,6 +235,114 @@ class Detector:
         if manifest.version != expected:
             raise StoreError(f"{folder}: view {manifest.name} {manifest.version}, this is {expected}; train it again")
         return detector
+
+
+@dataclass(frozen=True)
+class Judged:
+    """What a detector says of some reports of a stream; first dimension [reports]."""
+
+    detector: Detector
+    flow: np.ndarray
+    """int64: number of the flow in its stream, from 0."""
+    score: np.ndarray
+    """float64: the flow's worst so far; in the view `paper`, which judges a flow by its last report, this report's."""
+    malicious: np.ndarray
+    """bool."""
+    first_alarm: np.ndarray
+    """int64: the stream's clock at the flow's first alarm, ms since 1970; 0 without."""
+    warm: np.ndarray
+    """bool: the stream's baseline is past its warm-up."""
+    rows: np.ndarray | pd.DataFrame
+    """The view's values of every report."""
+
+    def __len__(self) -> int:
+        return len(self.flow)
+
+    def reasons(self, positions: np.ndarray) -> list[list[Reason]]:
+        """Why the reports at these positions are malicious: for each the strongest reasons, best first.
+
+        A flow that became malicious in an earlier report is explained by what this one still shows.
+        """
+        rows = self.rows.iloc[positions] if isinstance(self.rows, pd.DataFrame) else self.rows[positions]
+        return explain(self.detector, rows)
+
+    def table(self) -> pd.DataFrame:
+        """The columns of `Detector.verdicts`."""
+        count = len(self)
+        alarms = np.flatnonzero(self.malicious)
+        reasons, kinds, windows = ([None] * count for _ in range(3))
+        features = {feature.name: feature for feature in self.detector.manifest.features}
+        for place, found in zip(alarms.tolist(), self.reasons(alarms), strict=True):
+            reasons[place] = found
+            if found:
+                leading = features[found[0]["feature"]]
+                kinds[place], windows[place] = leading.anomaly, leading.window
+        alarm = np.where(self.first_alarm > 0, self.first_alarm, np.iinfo(np.int64).min)
+        return pd.DataFrame(
+            {
+                "flow": self.flow,
+                "anomaly_score": self.score,
+                "threshold": self.detector.limit,
+                "label": np.where(self.malicious, MALICIOUS, BENIGN),
+                "warm": self.warm,
+                "first_alarm": pd.DatetimeIndex(alarm.view("datetime64[ms]")).tz_localize("UTC"),
+                "anomaly_type": pd.Series(kinds, dtype=object),
+                "baseline_window": pd.Series(windows, dtype=object),
+                "reasons": pd.Series(reasons, dtype=object),
+            }
+        )
+
+
+class Watch:
+    """A detector at work on one stream: takes reports in as they arrive and judges each at once."""
+
+    def __init__(self, detector: Detector, stream: kernel.Stream) -> None:
+        self.detector = detector
+        self.stream = stream
+
+    @property
+    def warm(self) -> bool:
+        """Whether the stream's baseline is past its warm-up; a view without one is always warm."""
+        return self.stream.warm or self.detector.manifest.warm_up_seconds == 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the stream, bytes."""
+        return self.stream.nbytes
+
+    def take(self, reports: Columns) -> Judged:
+        """Judge the next reports, in arrival order; how they are cut into calls changes no verdict."""
+        detector, limit = self.detector, self.detector.limit
+        if detector.manifest.name == paper.NAME:
+            advanced = self.stream.advance(reports)
+            rows = paper.compute(reports.table())
+            score = detector.score(rows)
+            malicious = score >= limit
+            alarm = np.where(malicious, advanced.clock, 0)
+            return Judged(detector, advanced.flow, score, malicious, alarm, np.ones(len(score), bool), rows)
+        advanced = self.stream.advance(reports, detector.score, limit)
+        worst = advanced.worst
+        return Judged(
+            detector, advanced.flow, worst, worst >= limit, advanced.first_alarm, advanced.warm, advanced.features
+        )
+
+    def snapshot(self) -> kernel.Snapshot:
+        """A copy of the stream for a checkpoint, to be written while the watch goes on."""
+        return self.stream.snapshot(self.detector.digest)
+
+    @classmethod
+    def load(cls, detector: Detector, content: bytes) -> Watch:
+        """Go on from a checkpoint; flows keep their worst score only if the same detector gave it.
+
+        Raises:
+            StoreError: the content is damaged or of another version of the kernel.
+        """
+        return cls(detector, kernel.Stream.load(content, detector.digest))
+
+
+def _no_verdicts() -> pd.DataFrame:
+    columns = ("flow", "anomaly_score", "threshold", "label", "warm", "first_alarm")
+    return pd.DataFrame(columns=[*columns, "anomaly_type", "baseline_window", "reasons"])
 
 
 def effect(rows: pd.DataFrame, features: Sequence[Feature]) -> np.ndarray:

@@ -15,6 +15,7 @@ import pandas as pd
 
 from flowsentry.features import kernel
 from flowsentry.features.views import Feature
+from flowsentry.flows.columns import Columns
 
 NAME: Final = "behaviour"
 VERSION: Final = kernel.KERNEL_VERSION
@@ -30,7 +31,35 @@ _MINIMUM_EFFECTS: Final = {
 }
 
 
+_STANDS_FOR: Final = {
+    "no_payload": ("failed connections", "flow"),
+    "edge_new": ("new contact", "history"),
+    "service_new": ("new contact", "history"),
+    "edge_fails_10s": ("failed connections", "10s"),
+    "edge_fails_60s": ("failed connections", "60s"),
+    "edge_fails_300s": ("failed connections", "300s"),
+    "service_fails_60s": ("failed connections", "60s"),
+    "client_fails_60s": ("failed connections", "60s"),
+    "edge_fail_burst": ("burst", "history"),
+    "service_fail_burst": ("burst", "history"),
+    "client_fail_burst": ("burst", "history"),
+    "edge_burst": ("burst", "history"),
+    "service_burst": ("burst", "history"),
+    "client_burst": ("burst", "history"),
+    "edge_fail_share": ("failed connections", "300s"),
+    "service_fail_share": ("failed connections", "300s"),
+    "client_failed_edges": ("fan-out", "300s"),
+    "client_new_edges": ("fan-out", "300s"),
+    "service_dead": ("dead service", "history"),
+    "edge_dead": ("dead service", "history"),
+    "edge_bytes_burst": ("volume", "history"),
+    "edge_persistence": ("persistence", "300s"),
+}
+"""The anomaly that a high value stands for, and what it is taken over or compared with."""
+
+
 def _feature(name: str, unit: str, description: str, kind: str = "number") -> Feature:
+    anomaly, window = _STANDS_FOR[name]
     return Feature.model_validate(
         {
             "name": name,
@@ -39,6 +68,8 @@ def _feature(name: str, unit: str, description: str, kind: str = "number") -> Fe
             "kind": kind,
             "harm": 1,
             "minimum_effect": _MINIMUM_EFFECTS.get(name),
+            "anomaly": anomaly,
+            "window": window,
         }
     )
 
@@ -94,5 +125,6 @@ def compute(reports: pd.DataFrame) -> tuple[pd.DataFrame, np.ndarray]:
     values = np.empty((len(reports), len(kernel.FEATURES)), np.float32)
     is_reversed = np.empty(len(reports), bool)
     for _, positions in reports.groupby("recording", observed=True, sort=False).indices.items():
-        values[positions], is_reversed[positions] = kernel.Stream().advance(reports.iloc[positions])
+        advanced = kernel.Stream().advance(Columns.of(reports.iloc[positions]))
+        values[positions], is_reversed[positions] = advanced.features, advanced.is_reversed
     return pd.DataFrame(values, columns=list(kernel.FEATURES), index=reports.index), is_reversed

@@ -14,15 +14,16 @@ from __future__ import annotations
 import io
 import json
 import zipfile
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Final
 
 import numpy as np
-import pandas as pd
 
 from flowsentry.errors import StoreError
-from flowsentry.flows.hashing import compiled, find, hash_text, mix, place_all
+from flowsentry.flows.columns import Columns
+from flowsentry.flows.hashing import compiled, find, mix, place_all
 from flowsentry.flows.reports import (
     BYTES,
     DURATION,
@@ -31,9 +32,9 @@ from flowsentry.flows.reports import (
     FIRST,
     KEY_LAST,
     MAX_FLOWS,
+    NUMBER,
     STATE,
     FlowMemory,
-    clock_milliseconds,
     is_continued,
 )
 
@@ -56,20 +57,10 @@ MAX_ENTITIES: Final = 1 << 19
 """Most entities remembered (about 400 MB); beyond it the longest silent ones are forgotten."""
 MAX_ENDPOINTS: Final = 1 << 22
 
-NO_PAYLOAD_BYTES: Final = 400
-"""A TCP flow up to this size carried nothing, where the source does not count packets: on the recording of February
-2022 recall is flat from 400 to 700 bytes."""
-HEADER_BYTES: Final = 80
-"""A TCP flow with at most this many bytes a packet carried nothing, where the source counts packets: a SYN with
-options in an Ethernet frame has 74 to 78."""
-IPV6_BYTES: Final = 20
-"""How much longer the header of IPv6 is."""
 EPHEMERAL_PORT: Final = 32_768
 """First port that Linux gives to clients."""
 SIZEABLE_BYTES: Final = 1_000_000.0
 """Bytes a minute below which no edge's volume counts as large."""
-
-TCP: Final = 6
 
 # Rings of an entity: flows, flows without payload; an edge: bytes; a client: new edges, new edges that only failed.
 FLOWS, FAILS, VOLUME, FAILED_EDGES = 0, 1, 2, 3
@@ -257,11 +248,14 @@ def _advance(
     durations: np.ndarray,
     features: np.ndarray,
     reversed_: np.ndarray,
+    numbers: np.ndarray,
+    fresh: np.ndarray,
 ) -> int:
     """Take in the reports from `position` on; returns where it stopped, before the end if a table is full.
 
-    `used`: slots in use of the flow, endpoint and entity tables. `features` float32 [reports, FEATURES] and
-    `reversed_` bool [reports] (the source is the service) are filled.
+    `used`: slots in use of the flow, endpoint and entity tables, and the flows so far. `features` float32
+    [reports, FEATURES], `reversed_` bool [reports] (the source is the service), `numbers` int64 [reports] (of the flow
+    in its stream) and `fresh` bool [reports] (the first report of its flow) are filled.
     """
     one = np.float32(1)
     for i in range(position, len(ticks)):
@@ -282,6 +276,8 @@ def _advance(
                 flow_keys[flow] = ids[i]
                 used[0] += 1
             flows[flow, FIRST] = tick
+            flows[flow, NUMBER] = used[3]
+            used[3] += 1
             # The service is the endpoint seen in more flows so far; from a client's port to another it is clear.
             source_end = mix(mix(sources[i], np.uint64(source_ports[i])), transport)
             destination_end = mix(mix(destinations[i], np.uint64(destination_ports[i])), transport)
@@ -293,6 +289,8 @@ def _advance(
             state = WAS_REVERSED if source_count > destination_count and not obvious else 0
         is_reversed = state & WAS_REVERSED != 0
         reversed_[i] = is_reversed
+        numbers[i] = flows[flow, NUMBER]
+        fresh[i] = not continued
         empty = not payload[i]
 
         server = sources[i] if is_reversed else destinations[i]
@@ -412,6 +410,32 @@ def _advance(
     return len(ticks)
 
 
+@compiled
+def _remember(
+    keys: np.ndarray,
+    worst: np.ndarray,
+    alarms: np.ndarray,
+    ids: np.ndarray,
+    fresh: np.ndarray,
+    clock: np.ndarray,
+    limit: float,
+    scores: np.ndarray,
+    first_alarms: np.ndarray,
+) -> None:
+    """Raise each flow's worst score; `scores` become the worst so far, `first_alarms` are filled (0: none yet)."""
+    for i in range(len(ids)):
+        slot = find(keys, ids[i])
+        if fresh[i]:
+            worst[slot] = scores[i]
+            alarms[slot] = 0
+        else:
+            worst[slot] = max(worst[slot], scores[i])
+        if alarms[slot] == 0 and worst[slot] >= limit:
+            alarms[slot] = clock[i]
+        scores[i] = worst[slot]
+        first_alarms[i] = alarms[slot]
+
+
 @dataclass
 class _Table:
     """An open-addressing table: keys, and arrays with one row per slot."""
@@ -443,59 +467,102 @@ _ENTITY_SHAPES: Final[dict[str, tuple[tuple[int, ...], str]]] = {
 }
 _ENDPOINT_SHAPES: Final[dict[str, tuple[tuple[int, ...], str]]] = {"endpoints": ((2,), "int64")}
 _TABLES: Final[dict[str, tuple[dict[str, tuple[tuple[int, ...], str]], int]]] = {
-    "flow": ({"flows": ((FIELDS,), "int64")}, MAX_FLOWS),
+    "flow": ({"flows": ((FIELDS,), "int64"), "worst": ((), "float64"), "alarms": ((), "int64")}, MAX_FLOWS),
     "endpoint": (_ENDPOINT_SHAPES, MAX_ENDPOINTS),
     "entity": (_ENTITY_SHAPES, MAX_ENTITIES),
 }
 """Tables of a checkpoint: what a row holds, and the most slots."""
-_TRANSPORTS: Final = {"tcp": TCP, "udp": 17, "icmp": 1, "ipv6-icmp": 58, "sctp": 132}
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """What a stream says of the reports that it took in; first dimension [reports]."""
+
+    features: np.ndarray
+    """float32 [reports, len(FEATURES)]."""
+    is_reversed: np.ndarray
+    """bool: the reported source is the service, not the client."""
+    flow: np.ndarray
+    """int64: number of the flow in its stream, from 0."""
+    warm: np.ndarray
+    """bool: the stream's warm-up is over."""
+    clock: np.ndarray
+    """int64: the stream's clock, ms since 1970."""
+    worst: np.ndarray
+    """float64: the flow's highest score so far; 0 without a judge."""
+    first_alarm: np.ndarray
+    """int64: the clock when the flow first reached the limit, ms since 1970; 0 if it has not."""
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """A copy of a stream at one moment, to be written while the stream goes on."""
+
+    arrays: dict[str, np.ndarray]
+
+    def to_bytes(self) -> bytes:
+        """A checkpoint, readable by `Stream.load` of the same kernel version."""
+        content = io.BytesIO()
+        with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED, compresslevel=1) as archive:
+            for name, array in self.arrays.items():
+                with archive.open(f"{name}.npy", "w", force_zip64=True) as file:
+                    np.lib.format.write_array(file, array, allow_pickle=False)
+        return content.getvalue()
 
 
 class Stream:
-    """What a stream of reports has left behind: everything that the features of the next report depend on."""
+    """What a stream of reports has left behind: everything that the features of the next report depend on, and the
+    worst score of every flow that may still be reported.
+    """
 
     def __init__(self) -> None:
         self.seen = 0
+        """Reports that the stream has seen."""
         self._begin = -1
         self._clock = 0
         self._flows = FlowMemory()
         self._endpoints = _Table.empty(1 << 12, _ENDPOINT_SHAPES)
         self._entities = _Table.empty(1 << 12, _ENTITY_SHAPES)
-        self._used = np.zeros(3, np.int64)
+        self._used = np.zeros(4, np.int64)
 
-    def advance(self, reports: pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
+    @property
+    def warm(self) -> bool:
+        """Whether the warm-up is over."""
+        return self._begin >= 0 and self._clock // 10_000 - self._begin >= WARM_UP_TICKS
+
+    @property
+    def nbytes(self) -> int:
+        """Memory of the tables, bytes."""
+        tables = [self._endpoints, self._entities]
+        arrays = [array for table in tables for array in (table.keys, *table.arrays.values())]
+        memory = self._flows
+        return sum(array.nbytes for array in (*arrays, memory.keys, memory.flows, memory.worst, memory.alarms))
+
+    def advance(
+        self,
+        reports: Columns,
+        judge: Callable[[np.ndarray], np.ndarray] | None = None,
+        limit: float = np.inf,
+    ) -> Advanced:
         """Take in the next reports of the stream.
 
         Args:
-            reports: canonical reports in arrival order.
-
-        Returns:
-            float32 [reports, len(FEATURES)] and bool [reports]: the reported source is the service, not the client.
+            reports: in arrival order.
+            judge: gives a score for each of some rows of features, float32 [rows, len(FEATURES)] to float64 [rows].
+            limit: score at and above which a report is an alarm.
         """
-        features = np.zeros((len(reports), len(FEATURES)), np.float32)
-        is_reversed = np.zeros(len(reports), bool)
-        if len(reports) == 0:
-            return features, is_reversed
-        clock = clock_milliseconds(reports["time"], self._clock)
+        count = len(reports)
+        features = np.zeros((count, len(FEATURES)), np.float32)
+        is_reversed, fresh = np.zeros(count, bool), np.zeros(count, bool)
+        numbers, first_alarms = np.zeros(count, np.int64), np.zeros(count, np.int64)
+        worst = np.zeros(count)
+        clock = np.maximum(np.maximum.accumulate(reports.time), self._clock)
         ticks = clock // 10_000
-        if self._begin < 0:
+        if self._begin < 0 and count:
             self._begin = int(ticks[0])
-        inputs = (
-            ticks,
-            hash_text(reports["flow_id"]),
-            reports["final"].to_numpy(bool),
-            hash_text(reports["src_ip"]),
-            hash_text(reports["dst_ip"]),
-            reports["src_port"].fillna(0).to_numpy(np.int64),
-            reports["dst_port"].fillna(0).to_numpy(np.int64),
-            _transport_numbers(reports["transport"]),
-            reports["bytes"].to_numpy(np.int64),
-            _has_payload(reports),
-            reports["duration"].to_numpy(np.int64),
-        )
         position = 0
-        while position < len(ticks):
-            position = _advance(
+        while position < count:
+            stop = _advance(
                 position,
                 self._begin,
                 self._flows.keys,
@@ -508,15 +575,44 @@ class Stream:
                 self._entities.arrays["buckets"],
                 self._entities.arrays["baseline"],
                 self._used,
-                *inputs,
+                ticks,
+                reports.flow_id,
+                reports.final,
+                reports.src_ip,
+                reports.dst_ip,
+                reports.src_port,
+                reports.dst_port,
+                reports.transport,
+                reports.bytes,
+                reports.payload,
+                reports.duration,
                 features,
                 is_reversed,
+                numbers,
+                fresh,
             )
-            if position < len(ticks):
+            if judge is not None and stop > position:
+                part = slice(position, stop)
+                worst[part] = judge(features[part])
+                _remember(
+                    self._flows.keys,
+                    self._flows.worst,
+                    self._flows.alarms,
+                    reports.flow_id[part],
+                    fresh[part],
+                    clock[part],
+                    limit,
+                    worst[part],
+                    first_alarms[part],
+                )
+            position = stop
+            if position < count:
                 self._make_room(int(ticks[position]))
-        self._clock = int(clock[-1])
-        self.seen += len(reports)
-        return features, is_reversed
+        if count:
+            self._clock = int(clock[-1])
+        self.seen += count
+        warm = ticks - self._begin >= WARM_UP_TICKS
+        return Advanced(features, is_reversed, numbers, warm, clock, worst, first_alarms)
 
     def _make_room(self, tick: int) -> None:
         if self._used[0] * 4 > len(self._flows.keys) * 3:
@@ -534,18 +630,25 @@ class Stream:
             self._entities = _thinned(self._entities, age, lifetime, MAX_ENTITIES)
             self._used[2] = np.count_nonzero(self._entities.keys)
 
-    def save(self, path: Path) -> None:
-        """Checkpoint into one file, readable by `load` of the same kernel version."""
+    def snapshot(self, judged_by: str = "") -> Snapshot:
+        """A copy for a checkpoint.
+
+        Args:
+            judged_by: what gave the scores; whoever reads it with another judge begins without worst scores.
+        """
         header = {
             "kernel": KERNEL_VERSION,
             "features": list(FEATURES),
             "seen": self.seen,
             "begin": self._begin,
             "clock": self._clock,
+            "flows": int(self._used[3]),
+            "judged_by": judged_by,
             "capacities": [len(self._flows.keys), len(self._endpoints.keys), len(self._entities.keys)],
         }
+        memory = self._flows
         tables = {
-            "flow": _Table(self._flows.keys, {"flows": self._flows.flows}),
+            "flow": _Table(memory.keys, {"flows": memory.flows, "worst": memory.worst, "alarms": memory.alarms}),
             "endpoint": self._endpoints,
             "entity": self._entities,
         }
@@ -554,26 +657,26 @@ class Stream:
             kept = table.keys != 0
             arrays[f"{kind}_keys"] = table.keys[kept]
             arrays.update({f"{kind}_{name}": array[kept] for name, array in table.arrays.items()})
-        content = io.BytesIO()
-        np.savez_compressed(content, allow_pickle=False, **arrays)
-        partial = path.with_name(path.name + ".part")
-        partial.write_bytes(content.getvalue())
-        partial.replace(path)
+        return Snapshot(arrays)
 
     @classmethod
-    def load(cls, path: Path) -> Stream:
+    def load(cls, content: bytes, judged_by: str = "") -> Stream:
         """Read a checkpoint.
 
+        Args:
+            content: of `Snapshot.to_bytes`.
+            judged_by: what will give scores; flows keep their worst score only if it gave the earlier ones too.
+
         Raises:
-            StoreError: the file is missing, damaged or of another kernel version.
+            StoreError: the content is damaged or of another kernel version.
         """
         stream = cls()
         try:
-            with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
+            with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 header = json.loads(arrays["header"].tobytes())
                 if header["kernel"] != KERNEL_VERSION or header["features"] != list(FEATURES):
                     raise StoreError(
-                        f"{path}: a checkpoint of kernel version {header['kernel']}, this is {KERNEL_VERSION}: "
+                        f"a checkpoint of kernel version {header['kernel']}, this is {KERNEL_VERSION}: "
                         "begin the stream anew"
                     )
                 stream.seen, stream._begin, stream._clock = (int(header[key]) for key in ("seen", "begin", "clock"))
@@ -581,12 +684,17 @@ class Stream:
                     _restored(arrays, kind, int(capacity))
                     for kind, capacity in zip(_TABLES, header["capacities"], strict=True)
                 )
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile) as error:
-            raise StoreError(f"{path}: not a readable checkpoint of a stream ({error})") from error
-        stream._flows.keys, stream._flows.flows = flows.keys, flows.arrays["flows"]
-        stream._flows.used = int(np.count_nonzero(flows.keys))
+                numbered, same_judge = int(header["flows"]), header["judged_by"] == judged_by
+        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+            raise StoreError(f"not a readable checkpoint of a stream ({error})") from error
+        memory = stream._flows
+        memory.keys, memory.flows = flows.keys, flows.arrays["flows"]
+        memory.worst, memory.alarms = flows.arrays["worst"], flows.arrays["alarms"]
+        if not same_judge:
+            memory.worst[:], memory.alarms[:] = 0, 0
+        memory.used = int(np.count_nonzero(flows.keys))
         stream._endpoints, stream._entities = endpoints, entities
-        stream._used[:] = [np.count_nonzero(table.keys) for table in (flows, endpoints, entities)]
+        stream._used[:] = [*(np.count_nonzero(table.keys) for table in (flows, endpoints, entities)), numbered]
         return stream
 
 
@@ -623,20 +731,3 @@ def _restored(arrays: np.lib.npyio.NpzFile, kind: str, capacity: int) -> _Table:
     if not sound:
         raise ValueError(f"its table of {kind} keys is not what was saved")
     return compact.rebuilt(np.ones(len(keys), bool), capacity)
-
-
-def _has_payload(reports: pd.DataFrame) -> np.ndarray:
-    """Bool [reports]: False for TCP flows that carried nothing so far; other transports always count as answered."""
-    most = np.full(len(reports), NO_PAYLOAD_BYTES, np.int64)
-    if "packets" in reports:
-        sources = reports["src_ip"].cat
-        ipv6 = np.array([*(":" in str(address) for address in sources.categories), False])[sources.codes.to_numpy()]
-        packets = reports["packets"].fillna(-1).to_numpy(np.int64)
-        most = np.where(packets >= 0, (HEADER_BYTES + IPV6_BYTES * ipv6) * packets, most)
-    return np.asarray((_transport_numbers(reports["transport"]) != TCP) | (reports["bytes"].to_numpy(np.int64) > most))
-
-
-def _transport_numbers(transports: pd.Series) -> np.ndarray:
-    """IANA protocol number where known, 255 for other names, 0 where missing."""
-    numbers = [_TRANSPORTS.get(str(name).lower(), 255) for name in transports.cat.categories]
-    return np.array([*numbers, 0], np.int64)[transports.cat.codes.to_numpy()]

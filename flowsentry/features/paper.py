@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import ipaddress
+from functools import partial
 from typing import Final
 
 import numpy as np
@@ -20,24 +21,26 @@ NAME: Final = "paper"
 VERSION: Final = "1"
 WARM_UP_SECONDS: Final = 0
 
+_feature = partial(Feature, anomaly="learned pattern", window="training")
+
 FEATURES: Final = (
-    Feature(
+    _feature(
         name="flow_id", identity=True, unit="rank", description="the meter's flow id, ranked as text", kind="category"
     ),
-    Feature(name="final", unit="", description="the report is the flow's last by the meter", kind="flag"),
-    Feature(
+    _feature(name="final", unit="", description="the report is the flow's last by the meter", kind="flag"),
+    _feature(
         name="src_ip",
         identity=True,
         unit="",
         description="source address: the number of an IPv4, 64 bits of hash of an IPv6",
     ),
-    Feature(name="dst_ip", identity=True, unit="", description="destination address, likewise"),
-    Feature(name="bytes", unit="bytes", description="bytes in both directions"),
-    Feature(name="transport", unit="rank", description="transport protocol, ranked as text", kind="category"),
-    Feature(name="time", identity=True, unit="s", description="time of the last report, since 1970"),
-    Feature(name="duration", unit="ns", description="duration of the flow"),
-    Feature(name="dst_port", identity=True, unit="", description="destination port, 0 where missing"),
-    Feature(name="src_port", identity=True, unit="", description="source port, 0 where missing"),
+    _feature(name="dst_ip", identity=True, unit="", description="destination address, likewise"),
+    _feature(name="bytes", unit="bytes", description="bytes in both directions"),
+    _feature(name="transport", unit="rank", description="transport protocol, ranked as text", kind="category"),
+    _feature(name="time", identity=True, unit="s", description="time of the last report, since 1970"),
+    _feature(name="duration", unit="ns", description="duration of the flow"),
+    _feature(name="dst_port", identity=True, unit="", description="destination port, 0 where missing"),
+    _feature(name="src_port", identity=True, unit="", description="source port, 0 where missing"),
 )
 
 

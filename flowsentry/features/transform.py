@@ -6,6 +6,8 @@ scaling); `behaviour`, whose features are counts and ratios that are never negat
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -13,6 +15,14 @@ import pandas as pd
 from pydantic import BaseModel, ConfigDict, FiniteFloat, model_validator
 
 from flowsentry.features.views import Feature
+
+
+@dataclass(frozen=True, eq=False)
+class _Scaling:
+    """Minima and ranges as arrays."""
+
+    low: np.ndarray
+    unit: np.ndarray
 
 
 class Transform(BaseModel):
@@ -50,11 +60,26 @@ class Transform(BaseModel):
 
     def apply(self, rows: pd.DataFrame) -> np.ndarray:
         """float64 [rows, features]: 0..1 on the fitted rows; a feature that was constant there keeps its unit."""
-        low, high = np.array(self.low), np.array(self.high)
-        numbers = _numbers(rows, self.features, self.scale, self.ranks)
-        numbers -= low
-        numbers /= np.where(high > low, high - low, 1.0)
+        return self._scaled(_numbers(rows, self.features, self.scale, self.ranks))
+
+    def apply_values(self, values: np.ndarray) -> np.ndarray:
+        """`apply` for a view without categories.
+
+        Args:
+            values: [rows, features] in the order of the features.
+        """
+        numbers = np.ascontiguousarray(values, np.float64)
+        return self._scaled(np.log2(1 + numbers) if self.scale == "log" else numbers.copy())
+
+    def _scaled(self, numbers: np.ndarray) -> np.ndarray:
+        numbers -= self._scaling.low
+        numbers /= self._scaling.unit
         return numbers
+
+    @cached_property
+    def _scaling(self) -> _Scaling:
+        low, high = np.array(self.low), np.array(self.high)
+        return _Scaling(low, np.where(high > low, high - low, 1.0))
 
     def minimum_effects(self) -> tuple[np.ndarray, np.ndarray]:
         """The features' minimum effects after `apply`, and log2 units (or plain ones) in one unit of its result.
@@ -63,8 +88,7 @@ class Transform(BaseModel):
             Two float64 [features]; the first is NaN where a feature has no minimum effect.
         """
         stated = np.array([np.nan if f.minimum_effect is None else f.minimum_effect for f in self.features])
-        low, high = np.array(self.low), np.array(self.high)
-        unit = np.where(high > low, high - low, 1.0)
+        low, unit = self._scaling.low, self._scaling.unit
         return ((np.log2(1 + stated) if self.scale == "log" else stated) - low) / unit, unit
 
 

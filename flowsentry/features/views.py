@@ -11,6 +11,17 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from flowsentry.errors import StoreError
 
+Anomaly = Literal[
+    "failed connections", "dead service", "fan-out", "burst", "volume", "persistence", "new contact", "learned pattern",
+    "unusual value",
+]  # fmt: skip
+"""Failed connections: TCP flows without payload, many or a large share. Dead service: what is called never answered.
+Fan-out: one client, many new edges. Burst: many more flows or failures than ever before. Volume: the same of bytes.
+Persistence: a new edge that is used again and again. New contact: an edge or service outside the baseline. Learned
+pattern: a value that only training has linked with attacks."""
+Window = Literal["flow", "10s", "60s", "300s", "history", "training"]
+"""The flow itself; the last seconds of its stream; the entity's own past; the rows that the model was trained on."""
+
 
 class Feature(BaseModel):
     """One feature of a view."""
@@ -28,6 +39,10 @@ class Feature(BaseModel):
     """The value says who or when: an address, a port, an id or a time. It cannot hold elsewhere or tomorrow."""
     minimum_effect: float | None = None
     """A flow may only be flagged if at least one of its features is at or above its minimum effect."""
+    anomaly: Anomaly = "unusual value"
+    """What a harmful value stands for: the `anomaly_type` of a verdict whose first reason is this feature."""
+    window: Window = "flow"
+    """What the value is taken over or compared with: the `baseline_window` of such a verdict."""
 
 
 class ViewManifest(BaseModel):

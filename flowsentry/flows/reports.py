@@ -54,12 +54,15 @@ class FlowMemory:
     """The flows that may still be reported, by the hash of their id.
 
     `keys` uint64 [capacity], `flows` int64 [capacity, FIELDS]: tick of the last report, bytes, duration (ns), state
-    bits, tick of the first report, number.
+    bits, tick of the first report, number; `worst` float64 [capacity] and `alarms` int64 [capacity]: the highest score
+    and the time of the first alarm (ms since 1970, 0: none), where flows are judged.
     """
 
     def __init__(self, capacity: int = 1 << 12) -> None:
         self.keys = np.zeros(capacity, np.uint64)
         self.flows = np.zeros((capacity, FIELDS), np.int64)
+        self.worst = np.zeros(capacity)
+        self.alarms = np.zeros(capacity, np.int64)
         self.used = 0
 
     def make_room(self, tick: int) -> None:
@@ -74,12 +77,19 @@ class FlowMemory:
             keep = self._seen_since(tick - lifetime) if lifetime else np.zeros_like(keep)
         keys = np.zeros(capacity, np.uint64)
         moved = place_all(self.keys, keep, keys)
-        flows = np.zeros((capacity, FIELDS), np.int64)
-        flows[moved[keep]] = self.flows[keep]
-        self.keys, self.flows, self.used = keys, flows, int(keep.sum())
+        self.flows, self.worst, self.alarms = (
+            _moved(old, moved, keep, capacity) for old in (self.flows, self.worst, self.alarms)
+        )
+        self.keys, self.used = keys, int(keep.sum())
 
     def _seen_since(self, tick: int) -> np.ndarray:
         return np.asarray((self.keys != 0) & (self.flows[:, KEY_LAST] >= tick))
+
+
+def _moved(old: np.ndarray, moved: np.ndarray, keep: np.ndarray, capacity: int) -> np.ndarray:
+    new = np.zeros((capacity, *old.shape[1:]), old.dtype)
+    new[moved[keep]] = old[keep]
+    return new
 
 
 @compiled

@@ -9,12 +9,15 @@ are read by compiled code that trusts its indices.
 from __future__ import annotations
 
 import hashlib
+import io
+import itertools
 import json
-from collections.abc import Callable, Mapping
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, Final
 
@@ -31,6 +34,7 @@ from sklearn.tree import DecisionTreeClassifier
 from threadpoolctl import ThreadpoolController
 
 from flowsentry.errors import StoreError
+from flowsentry.flows.hashing import compiled
 from flowsentry.learning.effects import EffectSizes
 from flowsentry.learning.tails import COMBINATIONS, SignedTails
 
@@ -121,15 +125,15 @@ class Model:
             return np.empty(0)
         match self.family:
             case "logistic_regression":
-                return _linear(self.estimator, X)
+                return np.asarray(_linear(X, self.estimator.coef_[0], self.estimator.intercept_[0]))
             case "svc":
                 return _threaded(self.estimator.decision_function, X)
             case "knn":
                 neighbours = self.estimator.n_neighbors
                 return smoothed_log_odds(_threaded(self._malicious_share, X), neighbours)
             case "decision_tree":
-                leaves: NDArray[np.int64] = self.estimator.apply(X)
-                return node_scores(self.estimator)[leaves]
+                leaves: NDArray[np.int64] = self.estimator.tree_.apply(X.astype(np.float32))
+                return self._node_scores[leaves]
             case "gradient_boosting":
                 return _threaded(self._boosted, X)
             case "effects":
@@ -141,6 +145,10 @@ class Model:
         """Malicious or not, bool[n], by the estimator's own decision."""
         return self.score(X) > self.boundary
 
+    @cached_property
+    def _node_scores(self) -> NDArray[np.float64]:
+        return node_scores(self.estimator)
+
     def _malicious_share(self, X: NDArray[np.float64]) -> NDArray[np.float64]:
         return np.asarray(self.estimator.predict_proba(X)[:, 1])
 
@@ -149,7 +157,7 @@ class Model:
             return np.asarray(self.estimator.decision_function(X))
 
     def save(self, folder: Path) -> None:
-        """Write `model.json` and the parameters into a folder, which is made if absent."""
+        """Write `model.json` and the parameters into a folder, which is made if absent; always the same bytes."""
         folder.mkdir(parents=True, exist_ok=True)
         stored = folder / ("model.npz" if self.family in _ARRAYS else "model.skops")
         if self.family in ("effects", "tails"):
@@ -157,7 +165,7 @@ class Model:
         elif self.family == "knn":
             np.savez_compressed(stored, X=self.estimator._fit_X, y=self.estimator._y.astype(np.int8))
         else:
-            skops.io.dump(self.estimator, stored)
+            stored.write_bytes(_reproducible(skops.io.dumps(self.estimator)))
         about = {
             "format": _FORMAT,
             "family": self.family,
@@ -203,12 +211,63 @@ class Model:
         return model
 
 
-def _linear(estimator: LogisticRegression, X: NDArray[np.float64]) -> NDArray[np.float64]:
+def _reproducible(stored: bytes) -> bytes:
+    """The same content without what differs each time: skops names objects by their place in memory, and the hour."""
+    with zipfile.ZipFile(io.BytesIO(stored)) as archive:
+        contents = {name: archive.read(name) for name in archive.namelist()}
+    schema = json.loads(contents.pop("schema.json"))
+    numbers: dict[int, int] = {}
+    _renumber(schema, numbers, itertools.count())
+    renamed = {f"{numbers[int(Path(name).stem)]}.npy": content for name, content in contents.items()}
+    result = io.BytesIO()
+    with zipfile.ZipFile(result, "w") as archive:
+        for name, content in sorted(renamed.items()):
+            archive.writestr(zipfile.ZipInfo(name), _without_padding(content))
+        archive.writestr(zipfile.ZipInfo("schema.json"), json.dumps(schema, indent=2))
+    return result.getvalue()
+
+
+def _without_padding(content: bytes) -> bytes:
+    """An array file whose records have zeros between their fields, where memory holds anything."""
+    array = np.load(io.BytesIO(content), allow_pickle=False)
+    if array.dtype.names is None:
+        return content
+    clean = np.zeros(array.shape, array.dtype)
+    for name in array.dtype.names:
+        clean[name] = array[name]
+    result = io.BytesIO()
+    np.save(result, clean, allow_pickle=False)
+    return result.getvalue()
+
+
+def _renumber(node: Any, numbers: dict[int, int], following: Iterator[int]) -> None:
+    """Number objects in order of appearance; plain values, which Python may or may not share, one by one."""
+    if isinstance(node, list):
+        for item in node:
+            _renumber(item, numbers, following)
+    elif isinstance(node, dict):
+        if "__id__" in node:
+            identity = node["__id__"]
+            shared = node["__loader__"] != "JsonNode"
+            node["__id__"] = numbers[identity] if shared and identity in numbers else next(following)
+            if shared:
+                numbers[identity] = node["__id__"]
+            if "file" in node:
+                node["file"] = f"{node['__id__']}.npy"
+        for item in list(node.values()):
+            _renumber(item, numbers, following)
+
+
+@compiled
+def _linear(X: NDArray[np.float64], weights: NDArray[np.float64], intercept: float) -> NDArray[np.float64]:
     # BLAS sums in an order that depends on the number of rows; a row's score must not.
-    score = np.full(len(X), estimator.intercept_[0])
-    for column, weight in zip(X.T, estimator.coef_[0], strict=True):
-        score += column * weight
-    return score
+    scores = np.empty(len(X))
+    for i in range(len(X)):
+        score = intercept
+        for j in range(len(weights)):
+            score += X[i, j] * weights[j]
+        scores[i] = score
+    return scores
 
 
 def node_scores(estimator: DecisionTreeClassifier) -> NDArray[np.float64]:

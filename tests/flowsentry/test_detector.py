@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import itertools
 import json
 import math
 from collections.abc import Callable
@@ -14,10 +15,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from flowsentry import detector as detectors
-from flowsentry.detector import CEILING, Detector, Tail
+from flowsentry.detector import CEILING, Detector, Tail, Watch
 from flowsentry.errors import ProtocolError, StoreError
-from flowsentry.features import behaviour
+from flowsentry.features import behaviour, paper
 from flowsentry.features.views import FeatureSet
+from flowsentry.flows.columns import Columns
+from flowsentry.flows.reports import identify
 from flowsentry.flows.schema import is_malicious
 from flowsentry.learning.candidates import score_fold
 from flowsentry.learning.families import FAMILIES
@@ -307,9 +310,36 @@ def test_a_flow_stays_as_bad_as_it_once_was(small: Small) -> None:
     assert last["anomaly_score"].tolist() == np.maximum.accumulate(own).tolist()
 
 
-def test_paper_has_one_verdict_for_each_flow_of_its_last_report(small: Small) -> None:
-    verdicts = trained(small, "paper").verdicts(small.raw)
-    assert verdicts["flow"].tolist() == small.flows.index.tolist()
+def test_paper_judges_every_report_by_itself(small: Small) -> None:
+    detector = trained(small, "paper")
+    verdicts = detector.verdicts(small.raw)
+    assert verdicts["flow"].tolist() == identify(small.raw).tolist()
+    assert verdicts["anomaly_score"].tolist() == detector.score(paper.compute(small.raw)).tolist()
+    assert (verdicts["first_alarm"].notna() == is_malicious(verdicts["label"])).all()
+
+
+def test_the_digest_is_of_what_decides_a_verdict(small: Small, tmp_path: Path) -> None:
+    detector = trained(small)
+    detector.save(tmp_path)
+    assert Detector.load(tmp_path).digest == detector.with_card({"a": 1}).digest == detector.digest
+    assert replace(detector, target_fpr=0.002).digest != detector.digest
+    assert trained(small, seed=1, family="logistic_regression").digest != detector.digest
+
+
+@given(st.lists(st.integers(0, 400), max_size=6), st.booleans())
+@settings(max_examples=15, deadline=None)
+def test_a_watch_gives_the_offline_verdicts_however_reports_are_cut(
+    small: Small, cuts: list[int], restart: bool
+) -> None:
+    detector = trained(small, family="tails")
+    reports = small.raw.iloc[-400:].reset_index(drop=True)
+    watch, parts = detector.watch(), []
+    for begin, end in itertools.pairwise(sorted({0, *cuts, len(reports)})):
+        parts.append(watch.take(Columns.of(reports.iloc[begin:end])).table())
+        if restart:
+            watch = Watch.load(detector, watch.snapshot().to_bytes())
+    told = pd.concat(parts, ignore_index=True)
+    assert told.equals(detector.verdicts(reports)[told.columns])
 
 
 def test_a_stream_is_warm_after_its_warm_up(small: Small) -> None:

@@ -53,6 +53,15 @@ def test_a_stored_model_scores_the_same_bit_by_bit(name: str, candidate: int, tm
     assert (loaded.family, loaded.params, loaded.boundary) == (name, model.params, model.boundary)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_model_is_stored_as_the_same_bytes_each_time(name: str, tmp_path: Path) -> None:
+    model_of(name).save(tmp_path / "once")
+    model_of(name).save(tmp_path / "fitted again")
+    Model.load(tmp_path / "once").save(tmp_path / "loaded")
+    contents = [{path.name: path.read_bytes() for path in folder.iterdir()} for folder in sorted(tmp_path.iterdir())]
+    assert contents[0] == contents[1] == contents[2]
+
+
 @pytest.mark.parametrize(("name", "candidate"), CANDIDATES)
 def test_a_row_scores_the_same_alone_and_in_any_batch(name: str, candidate: int) -> None:
     model = model_of(name, candidate)
