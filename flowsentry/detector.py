@@ -270,7 +270,9 @@ class Judged:
         """The columns of `Detector.verdicts`."""
         count = len(self)
         alarms = np.flatnonzero(self.malicious)
-        reasons, kinds, windows = ([None] * count for _ in range(3))
+        reasons: list[list[Reason] | None] = [None] * count
+        kinds: list[str | None] = [None] * count
+        windows: list[str | None] = [None] * count
         features = {feature.name: feature for feature in self.detector.manifest.features}
         for place, found in zip(alarms.tolist(), self.reasons(alarms), strict=True):
             reasons[place] = found

@@ -694,7 +694,8 @@ class Stream:
             memory.worst[:], memory.alarms[:] = 0, 0
         memory.used = int(np.count_nonzero(flows.keys))
         stream._endpoints, stream._entities = endpoints, entities
-        stream._used[:] = [*(np.count_nonzero(table.keys) for table in (flows, endpoints, entities)), numbered]
+        used = [int(np.count_nonzero(table.keys)) for table in (flows, endpoints, entities)]
+        stream._used[:] = [*used, numbered]
         return stream
 
 
