@@ -85,6 +85,42 @@ class SelectSettings(Section):
     """With the metric `recall`, the highest false-positive rate that a candidate may have, as a fraction."""
 
 
+class QualityGateSettings(Section):
+    """What a challenger must achieve on flows that neither it nor the champion has learned from."""
+
+    metric: Literal["accuracy", "balanced_accuracy", "recall", "f1"] = "recall"
+    """At the limit."""
+    max_loss: float = Field(default=0.01, ge=0, le=1)
+    """How far the metric may lie below the champion's: a new draw of the training flows moves it about as much."""
+    max_family_loss: float = Field(default=0.05, ge=0, le=1)
+    """The same for the recall of each family, of which there are fewer flows: one of twenty."""
+    max_fpr: float = Field(default=0.01, gt=0, le=1)
+    """Highest false positive rate. Wider than `select.max_fpr`, a mean over folds: this is one part of few flows."""
+    min_metric: float = Field(default=0.4, ge=0, le=1)
+    """Least metric where there is nothing to compare with. Low, as the limit may hold back whole families that are too
+    weak for it, as two of six in the simulated default; the baselines are to be beaten besides."""
+    min_flows: int = Field(default=50, ge=1)
+    """Least flows of each class, new to both models, for a comparison."""
+    min_family_flows: int = Field(default=20, ge=1)
+    """A family with fewer is reported, not decided: a single flow would weigh more than `max_family_loss`."""
+    resamples: int = Field(default=1000, ge=100, le=100_000)
+    """Of the bootstrap that gives the 95% intervals."""
+
+
+class ServiceGateSettings(Section):
+    """What the challenger's service must achieve before traffic moves to it."""
+
+    max_p99_ms: float = Field(default=250.0, gt=0)
+    """Highest 99th percentile of the time of a request with one flow. Answers take some 2 ms; this leaves room for a
+    busy machine and still tells a service that is stuck."""
+    single_requests: int = Field(default=200, ge=20, le=100_000)
+    """Requests with one flow, spread over the recordings: the least from which a 99th percentile can be read."""
+    largest_request: int = Field(default=5_000, ge=1, le=10_000)
+    """Flows of the largest requests."""
+    timeout_seconds: float = Field(default=30.0, gt=0)
+    """Longest wait for one answer; after it the service counts as dead."""
+
+
 class TrainConfig(Section):
     """The configuration of the pipeline `train`."""
 

@@ -229,7 +229,8 @@ def truth(flows: pd.DataFrame, labels: Labels) -> tuple[Bools, Bools, np.ndarray
     malicious = is_malicious(given)
     known = malicious | given.eq(BENIGN).fillna(False).to_numpy(bool)
     named = flows["family"].astype(object) if "family" in flows else pd.Series(None, index=flows.index, dtype=object)
-    family = named.where(named.notna(), UNNAMED).where(malicious, None).to_numpy(object)
+    family = named.where(named.notna(), UNNAMED).to_numpy(object, copy=True)
+    family[~malicious] = None
     return known, malicious, family
 
 
@@ -426,7 +427,7 @@ class _Rows:
 
 
 def _ratio(part: Ints, whole: Ints) -> Floats:
-    return np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0)
+    return np.asarray(np.divide(part, whole, out=np.full(len(whole), np.nan), where=whole > 0))
 
 
 def _value(name: str, malicious: Ints, found: Ints, benign: Ints, alarms: Ints) -> Floats:
@@ -442,7 +443,7 @@ def _value(name: str, malicious: Ints, found: Ints, benign: Ints, alarms: Ints) 
         case "accuracy":
             return _ratio(found + benign - alarms, malicious + benign)
         case "f1":
-            return np.where(malicious > 0, _ratio(2 * found, found + alarms + malicious), np.nan)
+            return np.asarray(np.where(malicious > 0, _ratio(2 * found, found + alarms + malicious), np.nan))
     raise ValueError(f"there is no metric {name}")
 
 
