@@ -121,23 +121,37 @@ class ServiceGateSettings(Section):
     """Longest wait for one answer; after it the service counts as dead."""
 
 
-class TrainConfig(Section):
-    """The configuration of the pipeline `train`."""
+class PipelineConfig(Section):
+    """What every pipeline is told: where flows come from and where its pages go."""
 
     data: Annotated[list[str], PlainValidator(_data)] = [SIMULATE]
     """Files, folders and globs, relative to the working directory; or `simulate`."""
     simulation: SimulationSettings = SimulationSettings()
+    validation: ValidationSettings = ValidationSettings()
+    reports: str = Field(default="reports", min_length=1)
+    """Folder that the reports are written to, relative to the working directory."""
+
+    @property
+    def simulated(self) -> bool:
+        """Whether the flows come from the simulator."""
+        return self.data == [SIMULATE]
+
+
+class TrainConfig(PipelineConfig):
+    """The configuration of the pipeline `train`."""
+
     labels: Literal["corrected", "published"] = "corrected"
     view: Literal["behaviour", "paper"] = "behaviour"
-    validation: ValidationSettings = ValidationSettings()
     splits: SplitSettings = SplitSettings()
     families: list[FamilyName] = Field(default_factory=_families, min_length=1)
     """Model families to train; without any given all that the view allows."""
     search: SearchSettings = SearchSettings()
     limit: LimitSettings = LimitSettings()
     select: SelectSettings = SelectSettings()
-    reports: str = Field(default="reports", min_length=1)
-    """Folder that the reports are written to, relative to the working directory."""
+    deploy: bool = True
+    """Put what was selected into production, if it passes both gates; without it the run ends with a model version."""
+    quality_gate: QualityGateSettings = QualityGateSettings()
+    service_gate: ServiceGateSettings = ServiceGateSettings()
 
     @field_validator("families")
     @classmethod
@@ -152,11 +166,6 @@ class TrainConfig(Section):
         if "effects" in value and info.data.get("view") == "paper":
             raise ValueError("should leave effects out: the view paper states no minimum effects")
         return value
-
-    @property
-    def simulated(self) -> bool:
-        """Whether the flows come from the simulator."""
-        return self.data == [SIMULATE]
 
 
 def load(path: Path, model: type[M]) -> M:
