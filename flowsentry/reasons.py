@@ -19,6 +19,7 @@ the last and the first step of the Shapley value. The fall alone overlooks featu
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Final, TypedDict
@@ -38,8 +39,8 @@ MOST: Final = 3
 """Reasons of a verdict."""
 NEGLIGIBLE: Final = 0.01
 """Share of the evidence below which a further reason is not worth a line."""
-_CHANGED_ROWS: Final = 2000
-"""Changed rows that are scored at a time."""
+_ROWS: Final = 500
+"""Rows that are explained at a time: their arrays stay in the cache."""
 _FEW: Final = 16
 """Rows up to which plain bisection is faster than numpy's."""
 
@@ -71,7 +72,12 @@ def explain(detector: Detector, rows: np.ndarray | pd.DataFrame) -> list[list[Re
         For each row one to `MOST` reasons, best first. Where terms are equal, a feature at its minimum effect comes
         before others. The reasons of a row do not depend on the rows that are explained with it.
     """
-    return _explainer(detector).explain(detector.model, rows) if len(rows) else []
+    explainer = _explainer(detector)
+    told: list[list[Reason]] = []
+    for begin in range(0, len(rows), _ROWS):
+        part = slice(begin, begin + _ROWS)
+        told += explainer.explain(detector.model, rows.iloc[part] if isinstance(rows, pd.DataFrame) else rows[part])
+    return told
 
 
 _EXPLAINERS: WeakKeyDictionary[Model, _Explainer] = WeakKeyDictionary()
@@ -100,7 +106,6 @@ class _Explainer:
         self.ordinary = _ordinary(detector)
         self.kept = len(self.features)
         self.tree: _Paths | None = None
-        self.bounded = model.family == "effects"
         estimator = model.estimator
         if model.family == "logistic_regression":
             self.weights = np.asarray(estimator.coef_[0], np.float64)
@@ -119,7 +124,7 @@ class _Explainer:
         leaves = None if self.tree is None else self.tree.leaves(X)
         terms, counted = self.evidence(model, values, X, leaves)
         excess = np.where(values >= self.minimum, (X - self.at_effect) * self.unit, -np.inf)
-        found = counted.any(axis=1)
+        found = np.asarray(counted.any(axis=1))
         if not found.all():
             terms, counted = self._stand_in(X, terms, counted, excess, ~found)
         order = np.lexsort((-excess, -np.where(counted, terms, -np.inf)), axis=1)[:, : self.kept]
@@ -169,20 +174,18 @@ class _Explainer:
     def _away(self, X: np.ndarray) -> np.ndarray:
         """How far each value is from the ordinary one, in the direction of harm where there is one."""
         apart = (X - self.ordinary) * self.distance
-        return np.where(self.harm == 0, np.abs(apart), apart * self.harm)
+        return np.asarray(np.where(self.harm == 0, np.abs(apart), apart * self.harm))
 
     def _changes(self, model: Model, X: np.ndarray) -> np.ndarray:
-        row, feature = np.nonzero(self._away(X) > 0)
+        i, j = np.nonzero(self._away(X) > 0)
+        each = np.arange(len(i))
+        without, alone = X[i], np.tile(self.ordinary, (len(i), 1))
+        without[each, j] = self.ordinary[j]
+        alone[each, j] = X[i, j]
+        scores = model.score(np.concatenate([X, without, alone, self.ordinary[None, :]]))
+        whole, fallen, risen = np.split(scores[:-1], [len(X), len(X) + len(i)])
         terms = np.zeros(X.shape)
-        whole, plain = model.score(X), model.score(self.ordinary[None, :])[0]
-        for begin in range(0, len(row), _CHANGED_ROWS // 2):
-            i, j = row[begin : begin + _CHANGED_ROWS // 2], feature[begin : begin + _CHANGED_ROWS // 2]
-            each = np.arange(len(i))
-            without, alone = X[i], np.tile(self.ordinary, (len(i), 1))
-            without[each, j] = self.ordinary[j]
-            alone[each, j] = X[i, j]
-            scores = model.score(np.concatenate([without, alone]))
-            terms[i, j] = (whole[i] - scores[: len(i)] + scores[len(i) :] - plain) / 2
+        terms[i, j] = (whole[i] - fallen + risen - scores[-1]) / 2
         return terms
 
     def _stand_in(
@@ -252,7 +255,7 @@ class _Paths:
 
     def __init__(self, estimator: Any, features: int) -> None:
         tree, scores = estimator.tree_, node_scores(estimator)
-        self.leaves: Callable[[np.ndarray], np.ndarray] = lambda X: tree.apply(X.astype(np.float32))
+        self._tree = tree
         self.terms = np.zeros((tree.node_count, features))
         self.over = np.full((tree.node_count, features), -np.inf)
         self.up_to = np.full((tree.node_count, features), np.inf)
@@ -265,6 +268,10 @@ class _Paths:
                 self.terms[child, j] += scores[child] - scores[node]
             self.up_to[left, j] = min(self.up_to[left, j], tree.threshold[node])
             self.over[right, j] = max(self.over[right, j], tree.threshold[node])
+
+    def leaves(self, X: np.ndarray) -> np.ndarray:
+        """int64 [rows]: the leaf that each row comes to."""
+        return np.asarray(self._tree.apply(X.astype(np.float32)))
 
 
 class _Tails:
@@ -302,7 +309,7 @@ class _Tails:
             return surprises
         for k, j in enumerate(self.feature):
             surprises[:, j] = np.maximum(surprises[:, j], sides[:, k])
-        return np.maximum(surprises - self.choice, 0.0)
+        return np.asarray(np.maximum(surprises - self.choice, 0.0))
 
 
 def _ordinary(detector: Detector) -> np.ndarray:
@@ -313,7 +320,7 @@ def _ordinary(detector: Detector) -> np.ndarray:
     known = [statistics.get(feature.name, {}).get("q50", np.nan) for feature in detector.manifest.features]
     median = np.array(known, np.float64)
     number = np.log2(1 + median) if transform.scale == "log" else median
-    return np.where(np.isnan(median), 0.5, (number - low) / unit)
+    return np.asarray(np.where(np.isnan(median), 0.5, (number - low) / unit))
 
 
 def _sentence(
@@ -332,8 +339,9 @@ def _sentence(
         strange = f"{about}: a text that training did not see"
         return lambda value: named.get(value, strange)
     factor, ending = _SHOWN.get(feature.unit, (1.0, f" {feature.unit}" if feature.unit else ""))
-    single = ending.removesuffix("s") if feature.unit not in _SHOWN and len(feature.unit) > 2 else ending
-    tail = _ordinary_range(feature, manifest.statistics.get(feature.name, {}), factor, ending.strip())
+    whole = feature.unit not in _SHOWN and len(feature.unit) > 2
+    single = ending.removesuffix("s") if whole else ending
+    tail = _ordinary_range(feature, manifest.statistics.get(feature.name, {}), whole)
     if model.family == "effects" and feature.minimum_effect is not None:
         tail += f", minimum effect {_number(feature.minimum_effect * factor)}"
 
@@ -344,11 +352,15 @@ def _sentence(
     return write
 
 
-def _ordinary_range(feature: Feature, statistics: dict[str, float], factor: float, ending: str) -> str:
+def _ordinary_range(feature: Feature, statistics: dict[str, float], whole: bool) -> str:
+    """What 99% (one side) or 98% (both) of the rows of the statistics have; whole: of things that are counted."""
     if "q01" not in statistics or "q99" not in statistics:
         return ""
-    percent = ending if ending == "%" else ""
-    low, high = (_number(statistics[name] * factor) + percent for name in ("q01", "q99"))
+    factor, ending = _SHOWN.get(feature.unit, (1.0, ""))
+    bounds = statistics["q01"] * factor, statistics["q99"] * factor
+    if whole:
+        bounds = math.floor(bounds[0]), math.ceil(bounds[1])
+    low, high = (_number(bound) + ("%" if ending == "%" else "") for bound in bounds)
     return {1: f", ordinary at most {high}", -1: f", ordinary at least {low}", 0: f", ordinary {low} to {high}"}[
         feature.harm
     ]
