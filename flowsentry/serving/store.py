@@ -26,7 +26,8 @@ _S3_OPTIONS: Final = {
 
 
 class Store(Protocol):
-    """Named contents. A name is up to four parts of letters, digits, `.`, `_`, `-`, joined by `/`, none begins with a dot.
+    """Named contents. A name is up to four parts of letters, digits, `.`, `_`, `-`, joined by `/`; none begins with a
+    dot.
 
     Every method may be called from several threads, and raises StoreError if the name is another one or the store does
     not answer.

@@ -22,27 +22,21 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 from flowsentry.detector import Detector, Judged, Watch
 from flowsentry.errors import ServiceError, StoreError
-from flowsentry.flows.columns import Columns
+from flowsentry.serving.protocol import SeenMismatch
 from flowsentry.serving.store import Store
+from flowsentry.serving.wire import Batch
 
 _log: Final = logging.getLogger(__name__)
 _MAGIC: Final = b"flowsentry stream 1\n"
 _DIGEST_BYTES: Final = hashlib.sha256().digest_size
 _MOST_HEADER_BYTES: Final = 4096
 _RELEASE_SECONDS: Final = 5.0
-
-
-class SeenMismatch(ServiceError):
-    """The client believes that the service has seen another number of flows of the stream."""
-
-    def __init__(self, seen: int, durable: int) -> None:
-        super().__init__(f"the stream has seen {seen} flows: send again from there")
-        self.seen = seen
-        self.durable = durable
+_REST: Final = 3.0
+"""How many times the duration of a checkpoint the writer then rests: at most a quarter of a core goes into them."""
 
 
 class StreamBusy(ServiceError):
@@ -51,18 +45,6 @@ class StreamBusy(ServiceError):
 
 class TooManyStreams(ServiceError):
     """No further stream can be opened, and none can be dropped."""
-
-
-class Batch(Protocol):
-    """What a request brings (`wire.Batch`)."""
-
-    @property
-    def columns(self) -> Columns:
-        """The good flows."""
-
-    @property
-    def count(self) -> int:
-        """All flows, rejected ones too."""
 
 
 @dataclass(frozen=True)
@@ -185,7 +167,7 @@ class Streams:
         """The least recently used first."""
         self._guard = threading.Condition()
         """Held for moments only: the table, and the marks `busy` and `gone`."""
-        self._stopping = False
+        self._stopping = threading.Event()
         self._due = threading.Event()
         self._writer = threading.Thread(target=self._write_when_due, name="checkpoints", daemon=True)
         self._writer.start()
@@ -311,7 +293,7 @@ class Streams:
 
     def close(self) -> None:
         """Write every stream and end the thread that does so; no request may come after."""
-        self._stopping = True
+        self._stopping.set()
         self._due.set()
         self._writer.join()
         self.checkpoint()
@@ -452,16 +434,19 @@ class Streams:
 
     def _write_when_due(self) -> None:
         pause = min(max(self._limits.checkpoint_seconds / 5, 0.02), 1.0)
-        while not self._stopping:
+        while not self._stopping.is_set():
             self._due.wait(pause)
             self._due.clear()
             for stream in list(self._streams.values()):
+                if self._stopping.is_set() or not self._is_due(stream):
+                    continue
+                begin = time.monotonic()
                 try:
-                    if not self._stopping and self._is_due(stream):
-                        self._write(stream)
+                    self._write(stream)
                 except Exception:
                     _log.exception("stream %s: its checkpoint failed", stream.name)
                     stream.retry_at = time.monotonic() + self._limits.checkpoint_seconds
+                self._stopping.wait((time.monotonic() - begin) * _REST)
             with suppress(TooManyStreams):  # all are busy, or the store fails: the next round tries again
                 self._make_room()
 
