@@ -3,6 +3,7 @@
 from materializers.folders import (
     CandidateMaterializer,
     DetectorMaterializer,
+    ExposureMaterializer,
     FeatureSetMaterializer,
     SplitsMaterializer,
 )
@@ -12,6 +13,7 @@ from materializers.tables import TableMaterializer
 __all__ = [
     "CandidateMaterializer",
     "DetectorMaterializer",
+    "ExposureMaterializer",
     "FeatureSetMaterializer",
     "ModelMaterializer",
     "SplitsMaterializer",

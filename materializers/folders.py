@@ -14,6 +14,7 @@ from flowsentry.detector import Detector
 from flowsentry.features.splits import Splits
 from flowsentry.features.views import FeatureSet
 from flowsentry.learning.candidates import Candidate
+from flowsentry.learning.quality_gate import Exposure
 
 
 class _Stored(Protocol):
@@ -82,6 +83,17 @@ class CandidateMaterializer(_FolderMaterializer):
             "trials": len(data.search.trials),
             "seconds": data.seconds,
         }
+
+
+class ExposureMaterializer(_FolderMaterializer):
+    """The flows that a detector has learned from."""
+
+    SKIP_REGISTRATION: ClassVar[bool] = False
+    ASSOCIATED_TYPES: ClassVar[tuple[type[Any], ...]] = (Exposure,)
+    ASSOCIATED_ARTIFACT_TYPE: ClassVar[ArtifactType] = ArtifactType.DATA
+
+    def extract_metadata(self, data: Exposure) -> dict[str, MetadataType]:
+        return {"flows": len(data.flows)}
 
 
 class DetectorMaterializer(_FolderMaterializer):

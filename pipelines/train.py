@@ -48,8 +48,8 @@ def train(
         for family in families
     ]
     evaluation, _ = evaluate(candidates, features, flows, splits, recipe, rows)
-    selection, detector, _, _ = select(evaluation, candidates, flows, splits, recipe, selecting)
-    register(detector, selection)
+    selection, detector, exposure, _, _ = select(evaluation, candidates, flows, splits, recipe, selecting)
+    register(detector, exposure, selection)
 
 
 def run(config: TrainConfig, *, cache: bool) -> RunSummary:

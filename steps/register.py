@@ -11,6 +11,7 @@ from zenml.metadata.metadata_types import MetadataType
 from zenml.model.utils import link_artifact_version_to_model_version
 
 from flowsentry.detector import Detector
+from flowsentry.learning.quality_gate import Exposure
 from flowsentry.learning.selection import Selection
 from steps.select import scores
 
@@ -18,8 +19,8 @@ MODEL = "flowsentry"
 
 
 @step
-def register(detector: Detector, selection: Selection) -> Annotated[str, "model_version"]:
-    """Make a model version of the detector.
+def register(detector: Detector, exposure: Exposure, selection: Selection) -> Annotated[str, "model_version"]:
+    """Make a model version of the detector, with the flows that it has learned from.
 
     Done by a step of its own: a model on the pipeline would get a new, empty version for every cached or failed run.
     """
@@ -31,7 +32,8 @@ def register(detector: Detector, selection: Selection) -> Annotated[str, "model_
             name=MODEL, license="Apache-2.0", description="Detects attacks on Kubernetes clusters from network flows"
         )
     version = client.create_model_version(model.id)
-    link_artifact_version_to_model_version(get_step_context().inputs["detector"][0], version)
+    for name in ("detector", "exposure"):
+        link_artifact_version_to_model_version(get_step_context().inputs[name][0], version)
     metadata: dict[str, MetadataType] = {
         "family": detector.model.family,
         "params": dict(detector.model.params),

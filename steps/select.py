@@ -14,17 +14,19 @@ from flowsentry.errors import NothingSelected
 from flowsentry.features.splits import Splits
 from flowsentry.flows.schema import BENIGN, MALICIOUS
 from flowsentry.learning.candidates import Candidate, Recipe
+from flowsentry.learning.quality_gate import Exposure, exposure
 from flowsentry.learning.selection import Selection, choose
 from flowsentry.reporting.evaluation import validation_scores
 from flowsentry.reporting.model_card import model_card, model_card_html
 from flowsentry.reporting.results import Evaluation
-from materializers import DetectorMaterializer, ModelMaterializer, TableMaterializer
+from materializers import DetectorMaterializer, ExposureMaterializer, ModelMaterializer, TableMaterializer
 
 
 @step(
     output_materializers={
         "selection": ModelMaterializer,
         "detector": DetectorMaterializer,
+        "exposure": ExposureMaterializer,
         "validation_verdicts": TableMaterializer,
     }
 )
@@ -38,6 +40,7 @@ def select(
 ) -> tuple[
     Annotated[Selection, "selection"],
     Annotated[Detector, "detector"],
+    Annotated[Exposure, "exposure"],
     Annotated[pd.DataFrame, "validation_verdicts"],
     Annotated[HTMLString, "model_card"],
 ]:
@@ -52,8 +55,8 @@ def select(
         settings: which score under which protocol decides.
 
     Returns:
-        The decision; the detector with its model card; its verdicts on the untouched validation split, which
-        whatever serves it is held to; the card as a page.
+        The decision; the detector with its model card; the flows that it has learned from; its verdicts on the
+        untouched validation split; the card as a page.
 
     Raises:
         NothingSelected: no candidate is good enough.
@@ -81,7 +84,8 @@ def select(
     )
     verdicts = _validation_verdicts(candidate, flows, splits)
     print(f"selected: {selection.reason}")
-    return selection, candidate.detector.with_card(card), verdicts, HTMLString(model_card_html(card))
+    learned = exposure(flows, splits)
+    return selection, candidate.detector.with_card(card), learned, verdicts, HTMLString(model_card_html(card))
 
 
 def scores(selection: Selection) -> dict[str, Any]:

@@ -51,6 +51,7 @@ PAGES = {
     "model_card.html",
 }
 SMALL = """\
+deploy: false
 simulation: {minutes: 60, scale: 0.1, episodes: 1}
 families: [decision_tree, tails]
 splits: {rotations: 1}
