@@ -21,6 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 
 from flowsentry.errors import ProtocolError, StoreError
 from flowsentry.features import behaviour, kernel, paper
+from flowsentry.features.build import statistics
 from flowsentry.features.transform import Transform
 from flowsentry.features.views import Feature, ViewManifest
 from flowsentry.flows.columns import Columns
@@ -402,4 +403,7 @@ def fit(
         family, params, transform.apply(fit_rows), malicious, harm, seed, exchange=exchange, effects=effects
     )
     _, scores = worst(model.score(transform.apply(calibration_rows)), calibration_rows["flow"].to_numpy())
+    # What is ordinary is what benign flows do: reasons quote it.
+    benign = statistics(fit_rows[~malicious], manifest.features)
+    manifest = manifest.model_copy(update={"statistics": benign})
     return Detector(manifest, transform, model, Tail.fit(scores), target_fpr, needs_effect)

@@ -43,7 +43,7 @@ def build(view: str, reports: pd.DataFrame, flows: pd.DataFrame, lineage: Mappin
         warm_up_seconds=module.WARM_UP_SECONDS,
         digest=_digest(view, module.VERSION, module.FEATURES, rows),
         lineage=dict(lineage),
-        statistics=_statistics(rows, module.FEATURES),
+        statistics=statistics(rows, module.FEATURES),
     )
     return FeatureSet(manifest, rows)
 
@@ -56,7 +56,8 @@ def _digest(name: str, version: str, features: tuple[Feature, ...], rows: pd.Dat
     return content.hexdigest()
 
 
-def _statistics(rows: pd.DataFrame, features: tuple[Feature, ...]) -> dict[str, dict[str, float]]:
+def statistics(rows: pd.DataFrame, features: tuple[Feature, ...]) -> dict[str, dict[str, float]]:
+    """The statistics of `ViewManifest`, of these rows."""
     result = {}
     for feature in features:
         if feature.kind == "category" or rows.empty:

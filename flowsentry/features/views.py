@@ -60,7 +60,8 @@ class ViewManifest(BaseModel):
     lineage: dict[str, str]
     """Where the values came from: files with their digests, label rule versions, row counts."""
     statistics: dict[str, dict[str, float]]
-    """Per numeric feature: count, mean, std, min, q01, q25, q50, q75, q99, max."""
+    """Per numeric feature: count, mean, std, min, q01, q25, q50, q75, q99, max; of a detector's view those of the
+    benign rows that it was fitted on."""
 
     @property
     def names(self) -> list[str]:
