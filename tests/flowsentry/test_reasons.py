@@ -4,7 +4,7 @@ import gc
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -17,9 +17,10 @@ from flowsentry import reasons
 from flowsentry.detector import Detector
 from flowsentry.features import behaviour, paper
 from flowsentry.features.transform import Transform
+from flowsentry.features.views import ViewManifest
 from flowsentry.flows.schema import is_malicious
-from flowsentry.learning.families import FAMILIES
-from flowsentry.learning.model import node_scores
+from flowsentry.learning.families import FAMILIES, Family
+from flowsentry.learning.model import Parameters, node_scores
 from flowsentry.reasons import MOST, Reason, explain
 
 if TYPE_CHECKING:
@@ -42,7 +43,7 @@ def trained(small: Small) -> dict[tuple[str, str], Detector]:
         kept = np.sort(np.random.default_rng(0).permutation(len(rows))[:1500])
         for name, family in FAMILIES.items():
             if (view, name) != ("paper", "effects"):
-                found[view, name] = detectors.fit(
+                found[view, name] = fitted(
                     family,
                     LAST[name],
                     manifest,
@@ -55,6 +56,11 @@ def trained(small: Small) -> dict[tuple[str, str], Detector]:
                     seed=0,
                 )
     return found
+
+
+def fitted(family: Family, params: Parameters, manifest: ViewManifest, *rest: Any, **options: Any) -> Detector:
+    """Fitted, with the statistics of this manifest."""
+    return replace(detectors.fit(family, params, manifest, *rest, **options), manifest=manifest)
 
 
 def statistics(rows: pd.DataFrame) -> dict[str, dict[str, float]]:
@@ -244,7 +250,7 @@ def test_the_planted_cause_is_named_first(small: Small, family: str, cause: str)
     rows.loc[malicious, cause] = draw.uniform(80, 100, malicious.sum()).astype(np.float32)
     table = rows.assign(flow=np.arange(600))
     manifest = small.views["behaviour"].manifest.model_copy(update={"statistics": statistics(rows[~malicious])})
-    detector = detectors.fit(
+    detector = fitted(
         FAMILIES[family],
         LAST[family],
         manifest,
@@ -270,7 +276,7 @@ def linear(small: Small, weights: dict[str, float], **median: float) -> Detector
     view = small.views["behaviour"]
     stats = {name: {"q01": 0.0, "q50": median.get(name, 0.0), "q99": 3.0} for name in NAMES}
     rows = pd.DataFrame(np.eye(len(NAMES), dtype=np.float32), columns=NAMES).assign(flow=range(len(NAMES)))
-    detector = detectors.fit(
+    detector = fitted(
         FAMILIES["logistic_regression"],
         LAST["logistic_regression"],
         view.manifest.model_copy(update={"statistics": stats}),
@@ -366,7 +372,7 @@ def test_the_tree_asks_for_its_thresholds_in_the_unit_of_the_feature(small: Smal
     rows["service_dead"] = np.arange(20, dtype=np.float32)
     view = small.views["behaviour"]
     stats = {name: {"q01": 0.0, "q50": 0.0, "q99": 1.5} for name in NAMES}
-    detector = detectors.fit(
+    detector = fitted(
         FAMILIES["decision_tree"], LAST["decision_tree"], view.manifest.model_copy(update={"statistics": stats}),
         rows, np.arange(20) >= 12, np.arange(20), rows.head(12), target_fpr=0.1, needs_effect=False, seed=0,
     )  # fmt: skip
