@@ -12,16 +12,20 @@ import hashlib
 import hmac
 import logging
 import re
+import tempfile
 import time
 import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, TypeVar
 from urllib.parse import unquote
 
+import numpy as np
 import orjson
+import pyarrow as pa
 
 from flowsentry.detector import Detector, Judged
 from flowsentry.errors import FlowSentryError, StoreError
@@ -30,7 +34,8 @@ from flowsentry.serving.metrics import MEDIA_TYPE as METRICS_TYPE
 from flowsentry.serving.metrics import Metrics
 from flowsentry.serving.protocol import DURABLE_HEADER, SEEN_HEADER, STREAM_HEADER, SeenMismatch
 from flowsentry.serving.settings import Settings
-from flowsentry.serving.streams import Position, StreamBusy, Streams, Taken, TooManyStreams
+from flowsentry.serving.store import FolderStore
+from flowsentry.serving.streams import Limits, Position, StreamBusy, Streams, Taken, TooManyStreams
 
 Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
@@ -374,6 +379,42 @@ class App:
         fields["ms"] = round(1000 * seconds, 3)
         level = logging.INFO if status < 400 else logging.WARNING if status < 500 else logging.ERROR
         _log.log(level, "request", extra={"fields": fields})
+
+
+def rehearse(model: Model) -> None:
+    """Send two flows of every type through an application of its own: nothing is compiled or loaded later.
+
+    Nothing of it reaches the service's metrics or store.
+    """
+    seconds = 1_600_000_000
+    flow = {"src_ip": "192.0.2.1", "dst_ip": "192.0.2.2", "src_port": 40_000, "dst_port": 80, "transport": "tcp"}
+    flows = [
+        {"flow_id": f"rehearsal {size}", **flow, "bytes": size, "duration": 0, "time": 1000 * seconds, "final": True}
+        for size in (60, 6000)
+    ]
+    table = pa.Table.from_pylist([{**flow, "time": datetime.fromtimestamp(seconds, UTC)} for flow in flows])
+    arrow = pa.BufferOutputStream()
+    with pa.ipc.new_stream(arrow, table.schema) as stream:
+        stream.write_table(table)
+    bodies = {
+        wire.JSON: orjson.dumps({"flows": flows}),
+        wire.NDJSON: b"\n".join(map(orjson.dumps, flows)),
+        wire.ARROW: arrow.getvalue().to_pybytes(),
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        streams = Streams(model.detector, FolderStore(Path(folder)), Limits())
+        app = App(model, streams, Settings(state=folder), b"")
+        try:
+            for media_type, body in bodies.items():
+                batch, taken = app._take(_Query(), body, media_type, media_type)
+                if batch.rejected or taken is None or taken.judged is None:
+                    raise StoreError("the detector does not judge plain flows; build the bundle again")
+                app.metrics.judged(batch.count, taken.judged, batch.rejected)
+                taken.judged.reasons(np.arange(batch.count))
+            app.metrics.text(streams)
+        finally:
+            app.close()
+            streams.close()
 
 
 def _fixed(path: str, body: bytes) -> _Route:

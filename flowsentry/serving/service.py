@@ -1,0 +1,147 @@
+"""The service of a bundle: `bentoml serve` starts it, with the detector that lies beside this code.
+
+BentoML's layers (tracing, metrics, timeouts, routing) cost ten times the verdict of a flow. So our application stands
+in front of them and answers all but the health checks itself. Importing this module starts nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import ClassVar, Final
+
+import orjson
+
+from flowsentry import telemetry
+
+telemetry.disable()
+
+import bentoml  # noqa: E402
+from bentoml._internal.utils.analytics import usage_stats  # noqa: E402
+
+from flowsentry.detector import Detector  # noqa: E402
+from flowsentry.errors import FlowSentryError, StoreError  # noqa: E402
+from flowsentry.serving import schema  # noqa: E402
+from flowsentry.serving.app import App, Message, Model, Receive, Scope, Send, rehearse  # noqa: E402
+from flowsentry.serving.settings import Settings  # noqa: E402
+from flowsentry.serving.store import open_store  # noqa: E402
+from flowsentry.serving.streams import Limits, Streams  # noqa: E402
+
+# `bentoml serve` has asked before it imported this, and remembers the answer
+usage_stats.do_not_track.cache_clear()
+
+HEALTH: Final = frozenset({"/livez", "/readyz", "/healthz"})
+_log: Final = logging.getLogger("flowsentry.service")
+
+
+class JsonLines(logging.Formatter):
+    """One JSON object a line; errors without their texts, except our own, which never hold input."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
+        line = {
+            "time": f"{moment}.{int(record.msecs):03d}Z",
+            "level": record.levelname.lower(),
+            "event": record.getMessage(),
+            **getattr(record, "fields", {}),
+        }
+        if record.exc_info and (error := record.exc_info[1]) is not None:
+            line["error"] = str(error) if isinstance(error, FlowSentryError) else type(error).__name__
+        return orjson.dumps(line, default=str).decode()
+
+
+def log_as_json() -> None:
+    """Write the logs of the service, BentoML and uvicorn as JSON lines to the standard output."""
+    ours = logging.getLogger("flowsentry")
+    ours.handlers = [logging.StreamHandler(sys.stdout)]
+    ours.setLevel(logging.INFO)
+    ours.propagate = False
+    for name in ("", "bentoml", "uvicorn.error", "flowsentry"):
+        for handler in logging.getLogger(name).handlers:
+            handler.setFormatter(JsonLines())
+
+
+def load(folder: Path) -> Model:
+    """The model of a bundle.
+
+    Args:
+        folder: with `bundle.json` and `detector/`; the sums are in the folder above.
+
+    Raises:
+        StoreError: something is missing or damaged, or `detector/` is not what was bundled.
+    """
+    try:
+        about = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
+        version, expected = str(about["model_version"]), about["detector_digest"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{folder}: not the code of a bundle ({type(error).__name__}: bundle.json)") from error
+    detector = Detector.load(folder / "detector")
+    if detector.digest != expected:
+        raise StoreError(f"{folder / 'detector'}: not the detector that was bundled; build the bundle again")
+    sums = folder.parent / "SHA256SUMS"
+    return Model(detector, version, hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else "")
+
+
+class Front:
+    """Middleware of the service that steps in front of all others when the service starts."""
+
+    app: ClassVar[App | None] = None
+
+    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+        self._next = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "lifespan":
+            await self._next(scope, receive, send)
+            return
+        whole = scope["app"]
+        behind = whole.middleware_stack
+
+        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+            if scope["type"] != "http" or scope["path"] in HEALTH or Front.app is None:
+                await behind(scope, receive, send)
+            else:
+                await Front.app(scope, receive, send)
+
+        async def report(message: Message) -> None:
+            if message["type"] == "lifespan.startup.failed":
+                message = {**message, "message": "the service could not be started"}
+            await send(message)
+
+        whole.middleware_stack = answer
+        await self._next(scope, receive, report)
+
+
+@bentoml.service(workers=1, metrics={"enabled": False}, logging={"access": {"enabled": False}})
+class FlowSentry:
+    """Flows in, verdicts out."""
+
+    def __init__(self) -> None:
+        log_as_json()
+        settings = Settings.read()
+        model = load(Path(__file__).resolve().parents[2])
+        rehearse(model)
+        limits = Limits(settings.streams, settings.memory_bytes, settings.checkpoint_flows, settings.checkpoint_seconds)
+        self._streams = Streams(model.detector, open_store(settings.state), limits)
+        self._app = App(model, self._streams, settings, orjson.dumps(schema.openapi()))
+        Front.app = self._app
+        named = {"model_version": model.version, "digest": model.digest, "view": model.detector.manifest.name}
+        _log.info("ready", extra={"fields": named})
+
+    def __is_ready__(self) -> bool:
+        return Front.app is self._app
+
+    @bentoml.on_shutdown  # type: ignore[untyped-decorator]
+    def close(self) -> None:
+        """Write every stream."""
+        self._app.close()
+        self._streams.close()
+        _log.info("stopped")
+
+
+FlowSentry.add_asgi_middleware(Front)  # type: ignore[attr-defined]
