@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Final, NoReturn
 from pydantic import ValidationError
 
 from flowsentry import telemetry
-from flowsentry.config import TrainConfig, load
+from flowsentry.config import InferenceConfig, PipelineConfig, ReplayConfig, TrainConfig, load
 from flowsentry.errors import ConfigError, FlowSentryError, StackError
 from flowsentry.flows import sources
 
@@ -33,15 +33,27 @@ class Pipeline:
     summary: str
     module: str
     config: Path
-    model: type[TrainConfig]
+    model: type[PipelineConfig]
 
 
 PIPELINES: Final[dict[str, Pipeline]] = {
     "train": Pipeline(
-        summary="from flows to a selected detector: load, validate, engineer, train, evaluate, select",
+        summary="from flows to a champion: load, validate, engineer, train, evaluate, select, deploy",
         module="pipelines.train",
         config=ROOT / "configs" / "train.yaml",
         model=TrainConfig,
+    ),
+    "inference": Pipeline(
+        summary="from flows to verdicts of the champion, or of --model-version: load, validate, detect",
+        module="pipelines.inference",
+        config=ROOT / "configs" / "inference.yaml",
+        model=InferenceConfig,
+    ),
+    "replay": Pipeline(
+        summary="labelled flows sent to the champion's address, and how right its answers were",
+        module="pipelines.replay",
+        config=ROOT / "configs" / "replay.yaml",
+        model=ReplayConfig,
     ),
 }
 
@@ -53,6 +65,8 @@ examples:
   python run.py --pipeline train
   python run.py --pipeline train --config configs/paper.yaml --data flows.csv.gz
   python run.py --pipeline train --data recordings/ 'more/*.parquet'
+  python run.py --pipeline inference --data flows.csv --model-version 3
+  python run.py --status
 
 Exit status: 0 if the run did what was asked, 1 if it failed, 2 if the command line or the config is wrong.
 FLOWSENTRY_TELEMETRY=on lets the libraries send usage reports; without it nothing is sent."""
@@ -71,11 +85,17 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--pipeline", metavar="NAME", required=True, help="which pipeline, see below")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--pipeline", metavar="NAME", help="run a pipeline, see below")
+    what.add_argument("--status", action="store_true", help="say what is in production and whether ZenML agrees")
+    what.add_argument("--rollback", action="store_true", help="put the champion before this one back into production")
     parser.add_argument("--stack", metavar="NAME", default="local", help="where it runs: a file in stacks/ (local)")
     parser.add_argument("--config", metavar="FILE", type=Path, help="its settings (configs/<pipeline>.yaml)")
     parser.add_argument(
         "--data", metavar="FLOWS", nargs="+", help="files, folders, globs, or simulate; instead of the config's data"
+    )
+    parser.add_argument(
+        "--model-version", metavar="NUMBER", help="with inference: this version of the model instead of the champion"
     )
     parser.add_argument("--no-cache", action="store_true", help="run every step, also those with nothing new to do")
     return parser
@@ -86,6 +106,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     telemetry.disable()  # before ZenML and MLflow are imported, which is done below
     try:
         asked = _parser().parse_args(arguments)
+        _check(asked)
+        if asked.status or asked.rollback:
+            return _production(asked)
         pipeline = _pipeline(asked.pipeline)
         config = load(asked.config or pipeline.config, pipeline.model)
         if asked.data:
@@ -93,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check_writable(Path(config.reports))
         if not config.simulated:
             sources.check(config.data)
-        summary = _run(pipeline, config, stack=asked.stack, cache=not asked.no_cache)
+        summary = _run(pipeline, config, asked)
     except FlowSentryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
@@ -106,6 +129,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return 1 if summary.failure else 0
 
 
+def _check(asked: argparse.Namespace) -> None:
+    """Options that would otherwise be ignored in silence."""
+    if asked.model_version and asked.pipeline != "inference":
+        raise ConfigError("--model-version goes with --pipeline inference only; see python run.py --help")
+    if asked.pipeline is None:
+        given = [name for name in ("config", "data", "no_cache") if getattr(asked, name)]
+        if given:
+            option = f"--{given[0].replace('_', '-')}"
+            raise ConfigError(f"{option} goes with --pipeline only; see python run.py --help")
+
+
 def _pipeline(name: str) -> Pipeline:
     if name in PIPELINES:
         return PIPELINES[name]
@@ -114,7 +148,7 @@ def _pipeline(name: str) -> Pipeline:
     raise ConfigError(f"pipeline {name} is unknown; {hint}Known: {', '.join(PIPELINES)}")
 
 
-def _with_data(config: TrainConfig, data: list[str]) -> TrainConfig:
+def _with_data(config: PipelineConfig, data: list[str]) -> PipelineConfig:
     try:
         return type(config).model_validate(config.model_dump() | {"data": data})
     except ValidationError as error:
@@ -133,7 +167,7 @@ def _check_writable(folder: Path) -> None:
         raise ConfigError(f"{str(folder)!r}: reports cannot be written there: {error}") from None
 
 
-def _run(pipeline: Pipeline, config: TrainConfig, *, stack: str, cache: bool) -> RunSummary:
+def _activate(stack: str) -> None:
     if not sys.stdout.isatty():
         os.environ.setdefault("ZENML_LOGGING_COLORS_DISABLED", "true")
     try:
@@ -143,8 +177,24 @@ def _run(pipeline: Pipeline, config: TrainConfig, *, stack: str, cache: bool) ->
         apply.activate(stack)
     except OSError as error:
         raise StackError(f"ZenML cannot use its folder {error.filename or ''}: {error.strerror}") from None
-    summary: RunSummary = importlib.import_module(pipeline.module).run(config, cache=cache)
+
+
+def _run(pipeline: Pipeline, config: PipelineConfig, asked: argparse.Namespace) -> RunSummary:
+    _activate(asked.stack)
+    options = {"model_version": asked.model_version} if asked.pipeline == "inference" else {}
+    summary: RunSummary = importlib.import_module(pipeline.module).run(config, cache=not asked.no_cache, **options)
     return summary
+
+
+def _production(asked: argparse.Namespace) -> int:
+    _activate(asked.stack)
+    from pipelines import production
+
+    state = production.rollback() if asked.rollback else production.status()
+    print(state.text)
+    if state.difference:
+        print(f"error: {state.difference}", file=sys.stderr)
+    return 1 if state.difference else 0
 
 
 if __name__ == "__main__":

@@ -29,8 +29,18 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), "error: the following arguments are required: --pipeline; see python run.py --help"),
-        (("--pipeline", "trian"), "error: pipeline trian is unknown; did you mean train? Known: train"),
+        ((), "error: one of the arguments --pipeline --status --rollback is required; see python run.py --help"),
+        (
+            ("--pipeline", "trian"),
+            "error: pipeline trian is unknown; did you mean train? Known: train, inference, replay",
+        ),
+        (("--status", "--rollback"), "error: argument --rollback: not allowed with argument --status; see"),
+        (("--status", "--data", "a.csv"), "error: --data goes with --pipeline only; see python run.py --help"),
+        (("--rollback", "--no-cache"), "error: --no-cache goes with --pipeline only; see python run.py --help"),
+        (
+            ("--pipeline", "train", "--model-version", "3"),
+            "error: --model-version goes with --pipeline inference only; see python run.py --help",
+        ),
         (("--pipeline", "train", "--stak", "x"), "error: unrecognized arguments: --stak x; see python run.py --help"),
         (("--pipeline", "train", "--data"), "error: argument --data: expected at least one argument;"),
         (("--pipeline", "train", "--data", "simulate", "a.csv"), "error: --data should be either simulate or a list"),
@@ -92,7 +102,8 @@ def start(tmp_path: Path, *arguments: str, **environment: str) -> subprocess.Com
 def test_help_names_every_option_and_pipeline(tmp_path: Path) -> None:
     done = start(tmp_path, "--help")
     assert done.returncode == 0
-    for word in ("--pipeline", "--stack", "--config", "--data", "--no-cache", *run.PIPELINES):
+    options = ("--stack", "--config", "--data", "--no-cache", "--model-version", "--status", "--rollback")
+    for word in ("--pipeline", *options, *run.PIPELINES):
         assert word in done.stdout
 
 
