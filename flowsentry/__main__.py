@@ -12,7 +12,12 @@ from flowsentry.errors import FlowSentryError
 
 COMMANDS: Final = {
     "download": ("flowsentry.flows.download", "fetch the published flows, with checksums and resume"),
+    "live": ("flowsentry.monitoring.live", "show a replay while it goes on, as a page on this machine"),
+    "rollback": ("flowsentry.serving.rollback_command", "make this machine's previous champion the champion again"),
     "simulate": ("flowsentry.simulation.command", "write a simulated recording to a file"),
+    "start": ("flowsentry.serving.start_command", "bring this machine's champion back, as after a restart"),
+    "status": ("flowsentry.serving.status_command", "what is deployed on this machine, and what runs"),
+    "stop": ("flowsentry.serving.stop_command", "stop this machine's services"),
 }
 """Name of every command: the module with its `add_arguments(parser)` and `run(args)`, and what it does."""
 
