@@ -448,7 +448,8 @@ def _values(column: Any) -> list[Any]:
         values = column.to_numpy()
     else:
         values = column.to_numpy(dtype=object, na_value=None)
-    return values.tolist()
+    plain: list[Any] = values.tolist()
+    return plain
 
 
 def _encode_arrow(reports: pd.DataFrame) -> bytes:
