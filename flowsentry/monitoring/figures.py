@@ -487,7 +487,7 @@ def _lost(tally: Tally, progress: Progress) -> list[Finding]:
     if not progress.finished and progress.silent_seconds > SILENT_SECONDS:
         text = (
             f"The replay stands still at report {tally.rows:,} of {progress.total:,}. If it was stopped, "
-            "`python -m flowsentry replay … --resume` goes on from there."
+            "python -m flowsentry replay … --resume goes on from there."
         )
         found.append(Finding("stopped", "note", text))
     return found

@@ -26,6 +26,7 @@ import numpy as np
 import pandas as pd
 
 from flowsentry.errors import ConfigError, StoreError
+from flowsentry.serving.deployer import HOME, home
 
 SUFFIX: Final = ".replay"
 FORMAT: Final = 1
@@ -120,11 +121,11 @@ class Announced:
 
 def folder() -> Path:
     """Where replays are kept: FLOWSENTRY_HOME/replays; made for this user alone if missing."""
-    path = Path(os.environ.get("FLOWSENTRY_HOME") or "~/.flowsentry").expanduser() / "replays"
+    path = home() / "replays"
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise ConfigError(f"{path}: replays cannot be kept there ({error.strerror}); set FLOWSENTRY_HOME") from error
+        raise ConfigError(f"{path}: replays cannot be kept there ({error.strerror}); set {HOME}") from error
     return path
 
 
