@@ -1,5 +1,6 @@
 """How artifacts are stored and shown in the ZenML dashboard. No pickle anywhere."""
 
+from materializers.bundles import BundleMaterializer
 from materializers.folders import (
     CandidateMaterializer,
     DetectorMaterializer,
@@ -11,6 +12,7 @@ from materializers.models import ModelMaterializer
 from materializers.tables import TableMaterializer
 
 __all__ = [
+    "BundleMaterializer",
     "CandidateMaterializer",
     "DetectorMaterializer",
     "ExposureMaterializer",
