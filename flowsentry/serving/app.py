@@ -350,23 +350,25 @@ class App:
     async def _rest(self, request: _Request, piece: bytes, most: int) -> bytes:
         """The body that begins with a piece; a little too much is still read, so that the client reads the answer."""
         pieces, size, has_more = [piece], len(piece), True
-        while has_more:
-            if self._held + size > _BODIES_AT_ONCE * most:
+        while has_more and size <= 2 * most:
+            self._held -= request.held
+            request.held = min(size, most)
+            self._held += request.held
+            if self._held > _BODIES_AT_ONCE * most:
                 raise Problem("busy", "too many long bodies at once", [_AGAIN, *_ENDING])
-            request.held, self._held = size, self._held + size - request.held
             piece, has_more = await _piece(request)
             size += len(piece)
             if size <= most:
                 pieces.append(piece)
-            elif size > 2 * most:
-                raise _too_large(most, _ENDING)
+        if has_more:
+            raise _too_large(most, _ENDING)
         if size > most:
             raise _too_large(most, [])
         return b"".join(pieces)
 
     def _write_log(self, request: _Request, status: int, seconds: float) -> None:
         fields: dict[str, Any] = {"method": request.method, "path": request.route, "status": status}
-        if self._settings.access_log == "off" and status < 500:
+        if self._settings.access_log == "off" and status != 500:
             key, now = (request.route, status), time.monotonic()
             last, times = self._quiet.get(key, (-_QUIET_SECONDS, 0))
             if now - last < _QUIET_SECONDS:
@@ -377,7 +379,7 @@ class App:
         given = {"stream": request.stream, "flows": request.flows, "rejected": request.rejected}
         fields |= {name: value for name, value in given.items() if value is not None}
         fields["ms"] = round(1000 * seconds, 3)
-        level = logging.INFO if status < 400 else logging.WARNING if status < 500 else logging.ERROR
+        level = logging.INFO if status < 400 else logging.ERROR if status == 500 else logging.WARNING
         _log.log(level, "request", extra={"fields": fields})
 
 
