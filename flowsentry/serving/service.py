@@ -26,7 +26,6 @@ from bentoml._internal.utils.analytics import usage_stats  # noqa: E402
 
 from flowsentry.detector import Detector  # noqa: E402
 from flowsentry.errors import FlowSentryError, StoreError  # noqa: E402
-from flowsentry.serving import schema  # noqa: E402
 from flowsentry.serving.app import App, Message, Model, Receive, Scope, Send, rehearse  # noqa: E402
 from flowsentry.serving.settings import Settings  # noqa: E402
 from flowsentry.serving.store import open_store  # noqa: E402
@@ -128,7 +127,7 @@ class FlowSentry:
         rehearse(model)
         limits = Limits(settings.streams, settings.memory_bytes, settings.checkpoint_flows, settings.checkpoint_seconds)
         self._streams = Streams(model.detector, open_store(settings.state), limits)
-        self._app = App(model, self._streams, settings, orjson.dumps(schema.openapi()))
+        self._app = App(model, self._streams, settings, b"{}")
         Front.app = self._app
         named = {"model_version": model.version, "digest": model.digest, "view": model.detector.manifest.name}
         _log.info("ready", extra={"fields": named})
