@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,12 +14,15 @@ from zenml.enums import ExecutionStatus
 from zenml.models import PipelineRunResponse
 
 from flowsentry.errors import ConfigError, FlowSentryError
+from flowsentry.reporting.verdict_files import write_ndjson
+from flowsentry.reporting.verdict_summary import verdicts_text
 
 PAGES = {
     ("validate", "validation_page"): "validation.html",
     ("engineer", "view_page"): "view.html",
     ("evaluate", "report"): "evaluation.html",
     ("select", "model_card"): "model_card.html",
+    ("detect", "verdicts_page"): "verdicts.html",
 }
 
 
@@ -53,12 +57,15 @@ def summarise(name: str, reports: str, error: FlowSentryError | None = None) -> 
     """
     run = Client().get_pipeline_run(name)
     folder = Path(reports) / name
-    contents = {file: _output(run, *place) for place, file in PAGES.items()}
+    contents: dict[str, Any] = {file: _output(run, *place) for place, file in PAGES.items()}
     evaluation = _output(run, "evaluate", "evaluation")
     parts = []
     if evaluation is not None:
         contents |= {"evaluation.json": evaluation.to_json(), "evaluation.md": evaluation.to_markdown()}
         parts.append(evaluation.summary_text())
+    if (verdicts := _output(run, "detect", "verdicts")) is not None:
+        contents |= _verdict_files(verdicts)
+        parts.append(verdicts_text(_output(run, "detect", "verdict_summary")))
     quarantine = _output(run, "validate", "quarantine")
     if isinstance(quarantine, pd.DataFrame) and len(quarantine):
         contents["quarantine.csv"] = quarantine.to_csv(index=False)
@@ -66,19 +73,31 @@ def summarise(name: str, reports: str, error: FlowSentryError | None = None) -> 
     try:
         for path in written:
             path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(str(contents[path.name]), encoding="utf-8")
+            if callable(content := contents[path.name]):
+                content(path)
+            else:
+                path.write_text(str(content), encoding="utf-8")
     except OSError as failed:
         raise ConfigError(f"reports: cannot write to {folder}: {failed.strerror}; name another folder") from failed
     if (selection := _output(run, "select", "selection")) is not None:
         version = _output(run, "register", "model_version")
         parts.append(f"Selected: {selection.reason}")
         parts.append(f"Model:    flowsentry, version {version}, stage staging")
-    parts.append(f"Run:      {name}; `make dashboard` opens ZenML's dashboard, `make mlflow` all candidates")
-    parts += [f"Page:     {path}" for path in written]
+    candidates = ", `make mlflow` all candidates" if "evaluate" in run.steps else ""
+    parts.append(f"Run:      {name}; `make dashboard` opens ZenML's dashboard{candidates}")
+    parts += [f"{'File' if callable(contents[path.name]) else 'Page'}:     {path}" for path in written]
     failure = str(error) if error else None
     if run.status != ExecutionStatus.COMPLETED:
         failure = failure or f"the run {name} is {run.status}, not completed"
     return RunSummary(name, str(run.status), "\n".join(parts), written, failure)
+
+
+def _verdict_files(verdicts: pd.DataFrame) -> dict[str, Callable[[Path], None]]:
+    """Writers of the verdicts, by name of the file."""
+    return {
+        "verdicts.parquet": lambda path: verdicts.to_parquet(path, index=False),
+        "verdicts.ndjson": lambda path: write_ndjson(verdicts, path),
+    }
 
 
 def _output(run: PipelineRunResponse, step: str, output: str) -> Any:

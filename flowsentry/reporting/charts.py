@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -13,7 +13,7 @@ from matplotlib import rc_context
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.dates import ConciseDateFormatter
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.typing import NDArray
 
 from flowsentry.reporting.evaluation import Pooled
@@ -109,6 +109,60 @@ def time_line(times: pd.DatetimeIndex, rows: Pooled, limit: float) -> Markup:
             axis.set_axisbelow(True)
         alarms.xaxis.set_major_formatter(ConciseDateFormatter(alarms.xaxis.get_major_locator()))
         return _svg(figure)
+
+
+class AlertPanel(NamedTuple):
+    """One recording of a chart of alerts."""
+
+    title: str
+    flows: pd.DatetimeIndex
+    """[flows] when each was first reported."""
+    alerts: pd.DatetimeIndex
+    """[alerts] when each was raised."""
+    warm: Bools
+    """[alerts] raised with a warm baseline."""
+    warm_from: pd.Timestamp | None
+    """When the baseline was warm; None: never."""
+
+
+def alerts(panels: Sequence[AlertPanel]) -> Markup:
+    """Flows and alerts over time, a pair of charts per recording; the warm-up is shaded."""
+    with rc_context(_LOOK):
+        figure = Figure(figsize=(11, 3.4 * len(panels)), layout="constrained")
+        axes = figure.subplots(2 * len(panels), 1, squeeze=False, height_ratios=(0.8, 1) * len(panels))[:, 0]
+        for panel, traffic, raised in zip(panels, axes[::2], axes[1::2], strict=True):
+            clock, alarms = _clock(panel.flows), _clock(panel.alerts)
+            edges = _edges(clock)
+            _bars(traffic, edges, _binned(clock, edges, np.ones(len(clock), bool)), "#b9c0c8", "flows")
+            warm, cold = (_binned(alarms, edges, rows) for rows in (panel.warm, ~panel.warm))
+            _bars(raised, edges, warm, MALICIOUS, "alerts")
+            if cold.any():
+                _bars(raised, edges, cold, "#E8B88F", "alerts in the warm-up", bottom=warm)
+                raised.legend(loc="lower right", bbox_to_anchor=(1, 0.98), ncols=2)
+            until = edges[-1] if panel.warm_from is None else panel.warm_from.tz_localize(None).to_datetime64()
+            seconds = int((edges[1] - edges[0]) / np.timedelta64(1, "s"))
+            for axis in (traffic, raised):
+                axis.set(xlim=(edges[0], edges[-1]), ylabel=f"per {_span(seconds)}")
+                axis.grid(True, axis="y")
+                axis.set_axisbelow(True)
+                axis.yaxis.set_major_locator(MaxNLocator(4, integer=True))
+                axis.xaxis.set_major_formatter(ConciseDateFormatter(axis.xaxis.get_major_locator()))
+                if until > edges[0]:
+                    axis.axvspan(edges[0], until, color="#f1f3f5", zorder=0)
+            traffic.set(title=f"Flows, {plain(panel.title)}")
+            traffic.tick_params(labelbottom=False)
+            raised.set(title="Alerts")
+        return _svg(figure)
+
+
+def _clock(times: pd.DatetimeIndex) -> NDArray[np.datetime64]:
+    return np.asarray(times.tz_convert("UTC").tz_localize(None).to_numpy())
+
+
+def _span(seconds: int) -> str:
+    return (
+        f"{seconds} s" if seconds < 120 else f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+    )
 
 
 def _curve(left: Any, right: Any, rows: Pooled, name: str, look: dict[str, str]) -> None:

@@ -1,0 +1,71 @@
+"""The pipeline `inference`: from files to verdicts."""
+
+from __future__ import annotations
+
+from uuid import UUID
+
+from zenml import pipeline
+from zenml.client import Client
+from zenml.config.cache_policy import CachePolicy
+from zenml.enums import ExecutionMode
+
+from flowsentry.config import InferenceConfig
+from flowsentry.errors import FlowSentryError
+from flowsentry.flows import sources
+from flowsentry.simulation import SimulationSettings
+from pipelines.summary import RunSummary, run_name, summarise
+from steps.code_digest import code_digest
+from steps.detect import detect
+from steps.load import load
+from steps.stages import stored_detector
+from steps.validate import validate
+
+
+@pipeline(name="inference", execution_mode=ExecutionMode.FAIL_FAST, cache_policy=CachePolicy(cache_func=code_digest))
+def inference(
+    data: list[str],
+    digests: dict[str, str],
+    simulation: SimulationSettings,
+    max_quarantine_share: float,
+    detector: str,
+    model_version: str,
+) -> None:
+    """Load → validate → detect. The detector is an input, so another champion is never answered from the cache."""
+    reports, unreadable_rows, _ = load(data, digests, simulation)
+    valid_reports, quarantine, _, rows, _ = validate(reports, unreadable_rows, max_quarantine_share)
+    # Asked of the client itself, ZenML would look the artifact up in the step, and the cache would not know it.
+    artifact = Client().zen_store.get_artifact_version(UUID(detector))
+    detect(valid_reports, quarantine, rows, artifact, model_version)
+
+
+def run(config: InferenceConfig, *, cache: bool, model_version: str | None) -> RunSummary:
+    """Run the pipeline on the active stack and write verdicts and pages to the folder of reports.
+
+    Args:
+        config: what to do.
+        cache: take the result of a step from an earlier run with the same inputs and the same code.
+        model_version: number of the version that judges; None: the champion.
+
+    Returns:
+        What the run found; if it failed with an error of ours, why, and the pages that it had made.
+
+    Raises:
+        FlowSentryError: it could not begin, as there is no such model version, or its pages cannot be written.
+    """
+    version, detector = stored_detector(model_version)
+    data = [] if config.simulated else list(config.data)
+    digests = sources.digests(data) if data else {}
+    name = run_name("inference")
+    configured = inference.with_options(run_name=name, enable_cache=cache)
+    try:
+        configured(
+            data=data,
+            digests=digests,
+            simulation=config.simulation,
+            max_quarantine_share=config.validation.max_quarantine_share,
+            detector=str(detector.id),
+            model_version=version,
+        )
+    except FlowSentryError as error:
+        return summarise(name, config.reports, error)
+    return summarise(name, config.reports)
