@@ -325,6 +325,11 @@ class StreamClient:
             if self._start < 0:
                 raise ValueError("more flows before than seen")
 
+    @property
+    def kept(self) -> int:
+        """Flows that could be sent again."""
+        return self.seen - self._start
+
     def send(self, flows: Flows) -> Answers:
         """Send the next flows in one request, and wait for their answers.
 
