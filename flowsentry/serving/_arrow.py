@@ -158,9 +158,11 @@ def _one_chunk(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _objects(array: pa.Array) -> list[Any]:
-    """As Python objects; a text that is there often is one object, however long a dictionary makes it."""
+    """As Python objects."""
     if pa.types.is_dictionary(array.type):
-        texts = array.dictionary.to_pylist()
+        # Few bytes can stand for a long text in every row; no column has a good text of more than MAX_FLOW_ID.
+        long = MAX_FLOW_ID
+        texts = [text and (text if len(text) <= long else f"{text[:long]}…") for text in array.dictionary.to_pylist()]
         return [None if place is None else texts[place] for place in array.indices.to_pylist()]
     if pa.types.is_timestamp(array.type):
         # As text it is no time, and as Python's own it could be out of range.
