@@ -33,6 +33,7 @@ from flowsentry.serving import wire
 from flowsentry.serving.metrics import MEDIA_TYPE as METRICS_TYPE
 from flowsentry.serving.metrics import Metrics
 from flowsentry.serving.protocol import DURABLE_HEADER, SEEN_HEADER, STREAM_HEADER, SeenMismatch
+from flowsentry.serving.schema import PROBLEMS
 from flowsentry.serving.settings import Settings
 from flowsentry.serving.store import FolderStore
 from flowsentry.serving.streams import Limits, Position, StreamBusy, Streams, Taken, TooManyStreams
@@ -60,29 +61,13 @@ _QUIET_SECONDS: Final = 1.0
 _log: Final = logging.getLogger("flowsentry.service")
 _T = TypeVar("_T")
 
-STATUS: Final = {
-    "invalid": (400, "Bad request"),
-    "unauthorized": (401, "Unauthorized"),
-    "not_found": (404, "Not found"),
-    "method_not_allowed": (405, "Method not allowed"),
-    "timeout": (408, "Request timeout"),
-    "seen_mismatch": (409, "Another position"),
-    "too_large": (413, "Too large"),
-    "unsupported_media_type": (415, "Unsupported media type"),
-    "bad_flows": (422, "Bad flows"),
-    "stream_busy": (423, "Stream busy"),
-    "internal": (500, "Internal error"),
-    "busy": (503, "Busy"),
-}
-"""HTTP status and title of every problem's code."""
-
 
 class Problem(Exception):
     """A request is answered with an error."""
 
     def __init__(self, code: str, detail: str, headers: Headers | None = None, **members: Any) -> None:
         super().__init__(code)
-        self.status, title = STATUS[code]
+        self.status, title = PROBLEMS[code]
         self.headers = headers or []
         self.body = orjson.dumps({"title": title, "status": self.status, "code": code, "detail": detail, **members})
 

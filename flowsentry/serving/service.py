@@ -1,7 +1,8 @@
 """The service of a bundle: `bentoml serve` starts it, with the detector that lies beside this code.
 
-BentoML's layers (tracing, metrics, timeouts, routing) cost ten times the verdict of a flow. So our application stands
-in front of them and answers all but the health checks itself. Importing this module starts nothing.
+BentoML's layers (tracing, metrics, timeouts, routing) cost more than the verdict of a flow, and its timeouts would leave
+an entry in memory for a minute after every request. So our application stands in front of them and answers all but
+the health checks itself. Importing this module loads nothing.
 """
 
 from __future__ import annotations
@@ -11,9 +12,9 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
-from typing import ClassVar, Final
+from typing import TYPE_CHECKING, Any, ClassVar, Final
 
 import orjson
 
@@ -24,12 +25,14 @@ telemetry.disable()
 import bentoml  # noqa: E402
 from bentoml._internal.utils.analytics import usage_stats  # noqa: E402
 
-from flowsentry.detector import Detector  # noqa: E402
 from flowsentry.errors import FlowSentryError, StoreError  # noqa: E402
-from flowsentry.serving.app import App, Message, Model, Receive, Scope, Send, rehearse  # noqa: E402
-from flowsentry.serving.settings import Settings  # noqa: E402
-from flowsentry.serving.store import open_store  # noqa: E402
-from flowsentry.serving.streams import Limits, Streams  # noqa: E402
+
+if TYPE_CHECKING:
+    from flowsentry.serving.app import App, Model
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
 
 # `bentoml serve` has asked before it imported this, and remembers the answer
 usage_stats.do_not_track.cache_clear()
@@ -79,6 +82,9 @@ def load(folder: Path) -> Model:
         version, expected = str(about["model_version"]), about["detector_digest"]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise StoreError(f"{folder}: not the code of a bundle ({type(error).__name__}: bundle.json)") from error
+    from flowsentry.detector import Detector
+    from flowsentry.serving.app import Model
+
     detector = Detector.load(folder / "detector")
     if detector.digest != expected:
         raise StoreError(f"{folder / 'detector'}: not the detector that was bundled; build the bundle again")
@@ -91,17 +97,17 @@ class Front:
 
     app: ClassVar[App | None] = None
 
-    def __init__(self, app: Callable[[Scope, Receive, Send], Awaitable[None]]) -> None:
+    def __init__(self, app: Callable[[Message, Receive, Send], Awaitable[None]]) -> None:
         self._next = app
 
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
         if scope["type"] != "lifespan":
             await self._next(scope, receive, send)
             return
         whole = scope["app"]
         behind = whole.middleware_stack
 
-        async def answer(scope: Scope, receive: Receive, send: Send) -> None:
+        async def answer(scope: Message, receive: Receive, send: Send) -> None:
             if scope["type"] != "http" or scope["path"] in HEALTH or Front.app is None:
                 await behind(scope, receive, send)
             else:
@@ -121,13 +127,20 @@ class FlowSentry:
     """Flows in, verdicts out."""
 
     def __init__(self) -> None:
+        # the command line of BentoML imports this module too, and serves nothing
+        from flowsentry.serving import schema
+        from flowsentry.serving.app import App, rehearse
+        from flowsentry.serving.settings import Settings
+        from flowsentry.serving.store import open_store
+        from flowsentry.serving.streams import Limits, Streams
+
         log_as_json()
         settings = Settings.read()
         model = load(Path(__file__).resolve().parents[2])
         rehearse(model)
         limits = Limits(settings.streams, settings.memory_bytes, settings.checkpoint_flows, settings.checkpoint_seconds)
         self._streams = Streams(model.detector, open_store(settings.state), limits)
-        self._app = App(model, self._streams, settings, b"{}")
+        self._app = App(model, self._streams, settings, orjson.dumps(schema.openapi()))
         Front.app = self._app
         named = {"model_version": model.version, "digest": model.digest, "view": model.detector.manifest.name}
         _log.info("ready", extra={"fields": named})
