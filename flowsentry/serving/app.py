@@ -85,6 +85,27 @@ class Model:
     digest: str
     """Of the bundle; empty outside one."""
 
+    @classmethod
+    def load(cls, folder: Path) -> Model:
+        """The model of a bundle.
+
+        Args:
+            folder: with `bundle.json` and `detector/`; the bundle's sums are in the folder above.
+
+        Raises:
+            StoreError: something is missing or damaged, or `detector/` is not what was bundled.
+        """
+        try:
+            about = orjson.loads((folder / "bundle.json").read_bytes())
+            version, expected = str(about["model_version"]), about["detector_digest"]
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise StoreError(f"{folder}: not the code of a bundle ({type(error).__name__}: bundle.json)") from error
+        detector = Detector.load(folder / "detector")
+        if detector.digest != expected:
+            raise StoreError(f"{folder / 'detector'}: not the detector that was bundled; build the bundle again")
+        sums = folder.parent / "SHA256SUMS"
+        return cls(detector, version, hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else "")
+
     def described(self) -> bytes:
         """Body of GET /v1/model."""
         detector = self.detector

@@ -1,14 +1,12 @@
 """The service of a bundle: `bentoml serve` starts it, with the detector that lies beside this code.
 
-BentoML's layers (tracing, metrics, timeouts, routing) cost more than the verdict of a flow, and its timeouts would leave
-an entry in memory for a minute after every request. So our application stands in front of them and answers all but
-the health checks itself. Importing this module loads nothing.
+BentoML's layers (tracing, metrics, timeouts, routing) cost more than the verdict of a flow, and its timeouts would
+leave an entry in memory for a minute after every request. So our application stands in front of them and answers all
+but the health checks itself. Importing this module loads nothing.
 """
 
 from __future__ import annotations
 
-import hashlib
-import json
 import logging
 import sys
 import time
@@ -23,19 +21,20 @@ from flowsentry import telemetry
 telemetry.disable()
 
 import bentoml  # noqa: E402
-from bentoml._internal.utils.analytics import usage_stats  # noqa: E402
 
-from flowsentry.errors import FlowSentryError, StoreError  # noqa: E402
+from flowsentry.errors import ConfigError, FlowSentryError  # noqa: E402
+from flowsentry.serving.settings import Settings  # noqa: E402
 
 if TYPE_CHECKING:
-    from flowsentry.serving.app import App, Model
+    from flowsentry.serving.app import App
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 # `bentoml serve` has asked before it imported this, and remembers the answer
-usage_stats.do_not_track.cache_clear()
+if usage_stats := sys.modules.get("bentoml._internal.utils.analytics.usage_stats"):
+    usage_stats.do_not_track.cache_clear()
 
 HEALTH: Final = frozenset({"/livez", "/readyz", "/healthz"})
 _log: Final = logging.getLogger("flowsentry.service")
@@ -66,30 +65,6 @@ def log_as_json() -> None:
     for name in ("", "bentoml", "uvicorn.error", "flowsentry"):
         for handler in logging.getLogger(name).handlers:
             handler.setFormatter(JsonLines())
-
-
-def load(folder: Path) -> Model:
-    """The model of a bundle.
-
-    Args:
-        folder: with `bundle.json` and `detector/`; the sums are in the folder above.
-
-    Raises:
-        StoreError: something is missing or damaged, or `detector/` is not what was bundled.
-    """
-    try:
-        about = json.loads((folder / "bundle.json").read_text(encoding="utf-8"))
-        version, expected = str(about["model_version"]), about["detector_digest"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise StoreError(f"{folder}: not the code of a bundle ({type(error).__name__}: bundle.json)") from error
-    from flowsentry.detector import Detector
-    from flowsentry.serving.app import Model
-
-    detector = Detector.load(folder / "detector")
-    if detector.digest != expected:
-        raise StoreError(f"{folder / 'detector'}: not the detector that was bundled; build the bundle again")
-    sums = folder.parent / "SHA256SUMS"
-    return Model(detector, version, hashlib.sha256(sums.read_bytes()).hexdigest() if sums.is_file() else "")
 
 
 class Front:
@@ -129,14 +104,13 @@ class FlowSentry:
     def __init__(self) -> None:
         # the command line of BentoML imports this module too, and serves nothing
         from flowsentry.serving import schema
-        from flowsentry.serving.app import App, rehearse
-        from flowsentry.serving.settings import Settings
+        from flowsentry.serving.app import App, Model, rehearse
         from flowsentry.serving.store import open_store
         from flowsentry.serving.streams import Limits, Streams
 
         log_as_json()
         settings = Settings.read()
-        model = load(Path(__file__).resolve().parents[2])
+        model = Model.load(Path(__file__).resolve().parents[2])
         rehearse(model)
         limits = Limits(settings.streams, settings.memory_bytes, settings.checkpoint_flows, settings.checkpoint_seconds)
         self._streams = Streams(model.detector, open_store(settings.state), limits)
@@ -144,6 +118,15 @@ class FlowSentry:
         Front.app = self._app
         named = {"model_version": model.version, "digest": model.digest, "view": model.detector.manifest.name}
         _log.info("ready", extra={"fields": named})
+
+    @bentoml.on_deployment  # type: ignore[untyped-decorator]
+    @staticmethod
+    def check() -> None:
+        """Stop BentoML's command line before it starts a process that would only die."""
+        try:
+            Settings.read()
+        except ConfigError as error:
+            raise SystemExit(f"error: {error}") from None
 
     def __is_ready__(self) -> bool:
         return Front.app is self._app
