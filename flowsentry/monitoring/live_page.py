@@ -308,7 +308,7 @@ def _latency(past: pd.DataFrame) -> Any:
         .mark_line(strokeWidth=2)
         .encode(
             _reports(),
-            alt.Y("ms:Q", title=None, scale=alt.Scale(domainMin=0)),
+            alt.Y("ms:Q", title=None, scale=alt.Scale(type="log"), axis=alt.Axis(format="~g", tickCount=5)),
             alt.Color(
                 "latency:N", scale=alt.Scale(domain=list(names.values()), range=[RIGHT, MISSED]), legend=_legend()
             ),
