@@ -16,6 +16,7 @@ import pytest
 from flowsentry.detector import Detector, Judged
 from flowsentry.flows.columns import Columns
 from flowsentry.serving import app, schema, wire
+from flowsentry.serving._values import REASONS
 from flowsentry.serving.wire import ARROW, JSON, NDJSON, Batch, Head
 from tests.flowsentry.test_detector import trained
 
@@ -151,3 +152,30 @@ def test_a_simulated_flow_is_of_the_schema(small: Small) -> None:
     flows = json.loads(given.to_json(orient="records"))
     assert not list(component("Flows").iter_errors({"flows": flows}))
     assert list(component("Flows").iter_errors({"flows": [{**flows[0], "src_port": 65_536}]}))
+
+
+PAGE = (DOCS.parent / "verdicts.md").read_text(encoding="utf-8")
+
+
+def test_the_examples_of_the_page_are_what_they_say() -> None:
+    request, answer = (json.loads(block.split("```")[0]) for block in PAGE.split("```json\n")[1:])
+    assert not list(component("Answer").iter_errors(answer))
+    batch = wire.parse(json.dumps(request).encode(), JSON, max_flows=10, now_ms=2 * 10**12)
+    assert [{"index": place, "reason": reason} for place, reason in batch.rejected] == answer["rejected"]
+    assert batch.flow_ids == [verdict["flow_id"] for verdict in answer["verdicts"]]
+    assert not list(component("Flow").iter_errors(request["flows"][0]))
+
+
+def test_the_page_names_every_reason_field_and_problem() -> None:
+    part = PAGE.split("## Rejected flows")[1].split("## Streams")[0].replace("`", "")
+    rows = [row.split("|")[1].strip() for row in part.splitlines() if row.startswith("|")]
+    told = set()
+    for row in rows:
+        *others, last = row.split(" / ")
+        _, _, rest = last.partition(" ")
+        told |= {last, *(f"{other} {rest}" for other in others)}
+    assert set(REASONS) <= told
+    for name in (*schema.Flow.model_fields, *schema.Verdict.model_fields, *schema.Reason.model_fields):
+        assert f"`{name}`" in PAGE
+    for code, (status, _) in schema.PROBLEMS.items():
+        assert f"| {status} | `{code}` |" in PAGE
