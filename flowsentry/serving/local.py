@@ -114,7 +114,7 @@ class LocalDeployer:
             champion = status.champion
             if champion is None or (champion.state == "ready" and champion.healthy):
                 return status
-            if champion.problem is not None or time.monotonic() > limit:
+            if champion.state == "failed" or time.monotonic() > limit:
                 version = status.record.champion.model_version if status.record.champion else "?"
                 problem = champion.problem or f"is not ready after {self._ready_seconds:g} s"
                 raise DeployError(

@@ -552,9 +552,9 @@ def _end_leftovers(path: Path) -> None:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Replace a file such that after a crash it is the old or the new one, whole."""
+    """Replace a file, private to its owner, such that after a crash it is the old or the new one, whole."""
     fresh = path.with_name(f".{path.name}.new")
-    with fresh.open("w", encoding="utf-8") as file:
+    with os.fdopen(os.open(fresh, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
@@ -584,16 +584,18 @@ def read_record(home: Path) -> Record:
 
 
 def read_token(home: Path) -> str:
-    """The bearer token of a home, made if there is none."""
+    """The bearer token of a home.
+
+    Raises:
+        DeployError: there is none.
+    """
     path = home / "token"
     try:
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
-        write_atomically(path, secrets.token_urlsafe(32))
-    except FileExistsError:
-        pass
-    path.chmod(0o600)
-    if not (token := path.read_text(encoding="ascii").strip()):
-        raise DeployError(f"{path}: the token is empty; remove the file and start again")
+        token = path.read_text(encoding="ascii").strip()
+    except (OSError, UnicodeDecodeError):
+        token = ""
+    if not token:
+        raise DeployError(f"{path}: holds no token; `python -m flowsentry stop`, remove the file, and start again")
     return token
 
 
@@ -627,6 +629,8 @@ def lock(home: Path) -> int | None:
 
 async def _serve(home: Path, port: int, worker: Sequence[str], report: Callable[[str], None]) -> None:
     record = read_record(home)
+    if not (home / "token").exists():
+        write_atomically(home / "token", secrets.token_urlsafe(32))
     token = read_token(home)
     await asyncio.to_thread(_end_leftovers, home / "run" / "processes.json")
     shutil.rmtree(home / "run", ignore_errors=True)

@@ -65,6 +65,17 @@ def deployer(make: Make) -> LocalDeployer:
     return make(ready_seconds=15)
 
 
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LocalDeployer]:
+    """A deployer whose champion, version 1, no test changes."""
+    folder = tmp_path_factory.mktemp("served")
+    deployer = LocalDeployer(folder / "home", port=0, worker=str(STAND_IN))
+    deploy(deployer, folder, "1")
+    yield deployer
+    deployer.stop()
+    assert not processes(folder / "home")
+
+
 def processes(home: Path) -> list[int]:
     """Running processes that have this home on their command line."""
     found = []
@@ -228,38 +239,36 @@ def test_a_champion_that_dies_is_started_again_and_requests_wait_for_it(
     assert ask(endpoint)[1]["pid"] != before
 
 
-def test_a_challenger_that_cannot_start_says_why(deployer: LocalDeployer, tmp_path: Path) -> None:
-    deploy(deployer, tmp_path, "1")
+def test_a_challenger_that_cannot_start_says_why(served: LocalDeployer, tmp_path: Path) -> None:
     with pytest.raises(DeployError, match=r"(?s)ended with exit status 3.*no such feature: flag_count"):
-        deployer.start_challenger(*make_bundle(tmp_path, "dies-at-once"))
-    assert "flag_count" in deployer.challenger_log()
-    assert ask(deployer.endpoint())[1]["model_version"] == "1"
-    assert deployer.record().challenger is None
+        served.start_challenger(*make_bundle(tmp_path, "dies-at-once"))
+    assert "flag_count" in served.challenger_log()
+    assert ask(served.endpoint())[1]["model_version"] == "1"
+    assert served.record().challenger is None
 
 
 def test_a_challenger_that_is_never_ready_is_stopped(make: Make, tmp_path: Path) -> None:
     deployer = make(ready_seconds=1)
-    with pytest.raises(DeployError, match=r"was not ready after 1 s; log .*\nserving never-ready"):
+    with pytest.raises(DeployError, match=r"was not ready after 1 s; log .*service-"):
         deployer.start_challenger(*make_bundle(tmp_path, "never-ready"))
     assert len(processes(deployer.home)) == 1
 
 
-def test_the_death_of_a_challenger_is_recorded_and_it_stays_dead(deployer: LocalDeployer, tmp_path: Path) -> None:
-    deploy(deployer, tmp_path, "1")
-    challenger = deployer.start_challenger(*make_bundle(tmp_path, "dies-of-a-flow"))
+def test_the_death_of_a_challenger_is_recorded_and_it_stays_dead(served: LocalDeployer, tmp_path: Path) -> None:
+    challenger = served.start_challenger(*make_bundle(tmp_path, "dies-of-a-flow"))
     with pytest.raises(aiohttp.ClientError):
         ask(challenger, data=b"poison")
-    until(lambda: deployer.record().challenger is None)
-    dead = deployer.status().challenger
+    until(lambda: served.record().challenger is None)
+    dead = served.status().challenger
     assert dead is not None
     assert (dead.state, dead.exit_status, dead.pid, dead.restarts) == ("failed", 9, None, 0)
-    assert "division by zero" in deployer.challenger_log()
+    assert "division by zero" in served.challenger_log()
     with pytest.raises(DeployError, match=r"(?s)ended with exit status 9.*division by zero"):
-        deployer.promote()
-    assert ask(deployer.endpoint())[1]["model_version"] == "1"
-    deployer.stop_challenger()
-    assert deployer.status().challenger is None
-    assert "division by zero" in deployer.challenger_log()
+        served.promote()
+    assert ask(served.endpoint())[1]["model_version"] == "1"
+    served.stop_challenger()
+    assert served.status().challenger is None
+    assert "division by zero" in served.challenger_log()
 
 
 def test_a_champion_that_does_not_let_go_stays(deployer: LocalDeployer, tmp_path: Path) -> None:
@@ -271,12 +280,11 @@ def test_a_champion_that_does_not_let_go_stays(deployer: LocalDeployer, tmp_path
     assert deployer.record().challenger is not None
 
 
-def test_there_is_nothing_to_promote_or_to_go_back_to(deployer: LocalDeployer, tmp_path: Path) -> None:
+def test_there_is_nothing_to_promote_or_to_go_back_to(served: LocalDeployer, tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="no challenger"):
-        deployer.promote()
-    deploy(deployer, tmp_path, "1")
+        served.promote()
     with pytest.raises(DeployError, match="no previous champion"):
-        deployer.rollback()
+        served.rollback()
 
 
 def test_the_same_bundle_again_keeps_the_previous_champion(deployer: LocalDeployer, tmp_path: Path) -> None:
@@ -293,15 +301,15 @@ def test_only_what_can_be_gone_back_to_is_kept(deployer: LocalDeployer, tmp_path
     assert {path.name for path in (deployer.home / "bundles").iterdir()} == set(digests[1:])
 
 
-def test_an_altered_bundle_is_not_served(deployer: LocalDeployer, tmp_path: Path) -> None:
+def test_an_altered_bundle_is_not_served(served: LocalDeployer, tmp_path: Path) -> None:
     path, version, digest = make_bundle(tmp_path, "1")
     with pytest.raises(DeployError, match="digest"):
-        deployer.start_challenger(path, version, "0" * 64)
+        served.start_challenger(path, version, "0" * 64)
     with pytest.raises(DeployError, match="is model version 1, not 7"):
-        deployer.start_challenger(path, "7", digest)
+        served.start_challenger(path, "7", digest)
     (path / "src" / "more.py").write_text("")
     with pytest.raises(DeployError, match=r"src/more\.py is not what was built"):
-        deployer.start_challenger(path, version, digest)
+        served.start_challenger(path, version, digest)
 
 
 def test_rollback_to_an_altered_bundle_leaves_the_champion(deployer: LocalDeployer, tmp_path: Path) -> None:
@@ -400,9 +408,8 @@ def test_a_port_that_is_no_number_is_named(monkeypatch: pytest.MonkeyPatch) -> N
         LocalDeployer()
 
 
-def test_the_address_asks_for_the_token_and_shows_nothing_else(deployer: LocalDeployer, tmp_path: Path) -> None:
-    deploy(deployer, tmp_path, "1")
-    endpoint = deployer.endpoint()
+def test_the_address_asks_for_the_token_and_shows_nothing_else(served: LocalDeployer) -> None:
+    endpoint = served.endpoint()
     assert endpoint.token not in repr(endpoint)
     for token in (None, "", endpoint.token and endpoint.token[:-1], "é"):
         status, problem = ask(Endpoint(url=endpoint.url, token=token), data=b"secret flows")
@@ -410,14 +417,13 @@ def test_the_address_asks_for_the_token_and_shows_nothing_else(deployer: LocalDe
     assert ask(endpoint, "/", "GET")[0] == 404
     assert ask(endpoint, "/docs.json", "GET")[0] == 404
     assert ask(Endpoint(url=endpoint.url, token=None), "/readyz", "GET")[0] == 200
-    assert stat.S_IMODE((deployer.home / "token").stat().st_mode) == 0o600
-    assert stat.S_IMODE(supervisor.socket_path(deployer.home).stat().st_mode) == 0o600
-    assert stat.S_IMODE(deployer.home.stat().st_mode) == 0o700
+    assert stat.S_IMODE((served.home / "token").stat().st_mode) == 0o600
+    assert stat.S_IMODE(supervisor.socket_path(served.home).stat().st_mode) == 0o600
+    assert stat.S_IMODE(served.home.stat().st_mode) == 0o700
 
 
-def test_bodies_pass_whole_up_to_a_limit(deployer: LocalDeployer, tmp_path: Path) -> None:
-    deploy(deployer, tmp_path, "1")
-    endpoint = deployer.endpoint()
+def test_bodies_pass_whole_up_to_a_limit(served: LocalDeployer) -> None:
+    endpoint = served.endpoint()
     assert ask(endpoint, data=io.BytesIO(bytes(5_000_000)))[1]["body"] == 5_000_000
     status, problem = ask(endpoint, data=io.BytesIO(bytes(65 << 20)))
     assert (status, problem["code"]) == (413, "too_large")
@@ -437,10 +443,18 @@ def test_a_home_with_a_long_path_has_its_socket_elsewhere(tmp_path: Path) -> Non
     path.parent.rmdir()
 
 
-def test_a_running_supervisor_is_not_started_again(deployer: LocalDeployer, tmp_path: Path) -> None:
+def test_a_running_supervisor_is_not_started_again(served: LocalDeployer) -> None:
+    assert served.start().pid == served.status().pid
+
+
+def test_a_champion_that_cannot_be_brought_back_can_be_rolled_back(deployer: LocalDeployer, tmp_path: Path) -> None:
     deploy(deployer, tmp_path, "1")
-    pid = deployer.status().pid
-    assert deployer.start().pid == pid
+    second = deploy(deployer, tmp_path, "2")
     deployer.stop()
     deployer.stop()
     assert not deployer.status().running
+    (deployer.home / "bundles" / second / "src" / "bundle.json").write_text("{}")
+    with pytest.raises(DeployError, match=r"model version 2: .* is not what was built.*flowsentry rollback"):
+        deployer.start()
+    deployer.rollback()
+    assert ask(deployer.endpoint())[1]["model_version"] == "1"
