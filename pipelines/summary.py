@@ -14,15 +14,20 @@ from zenml.enums import ExecutionStatus
 from zenml.models import PipelineRunResponse
 
 from flowsentry.errors import ConfigError, FlowSentryError
-from flowsentry.reporting.verdict_files import write_ndjson
+from flowsentry.reporting.replay_summary import replay_text
+from flowsentry.reporting.verdict_files import write_findings, write_ndjson
 from flowsentry.reporting.verdict_summary import verdicts_text
+from steps.register import MODEL
 
 PAGES = {
     ("validate", "validation_page"): "validation.html",
     ("engineer", "view_page"): "view.html",
     ("evaluate", "report"): "evaluation.html",
     ("select", "model_card"): "model_card.html",
+    ("quality_gate", "gates_page"): "gates.html",
+    ("deploy", "gates_page"): "gates.html",
     ("detect", "verdicts_page"): "verdicts.html",
+    ("replay", "replay_page"): "replay.html",
 }
 
 
@@ -57,19 +62,28 @@ def summarise(name: str, reports: str, error: FlowSentryError | None = None) -> 
     """
     run = Client().get_pipeline_run(name)
     folder = Path(reports) / name
-    contents: dict[str, Any] = {file: _output(run, *place) for place, file in PAGES.items()}
+    contents: dict[str, Any] = {}
+    for place, file in PAGES.items():
+        if (content := _output(run, *place)) is not None:
+            contents[file] = content
     evaluation = _output(run, "evaluate", "evaluation")
     parts = []
     if evaluation is not None:
         contents |= {"evaluation.json": evaluation.to_json(), "evaluation.md": evaluation.to_markdown()}
         parts.append(evaluation.summary_text())
     if (verdicts := _output(run, "detect", "verdicts")) is not None:
-        contents |= _verdict_files(verdicts)
-        parts.append(verdicts_text(_output(run, "detect", "verdict_summary")))
+        told = _output(run, "detect", "verdict_summary")
+        judged = _output(run, "validate", "valid_reports")
+        contents |= _verdict_files(verdicts, judged) | {"verdicts.json": told.model_dump_json(indent=1)}
+        parts.append(verdicts_text(told))
+    if (replayed := _output(run, "replay", "replay_report")) is not None:
+        contents |= {"replay.parquet": _output(run, "replay", "answers").to_parquet}
+        contents |= {"replay.json": replayed.model_dump_json(indent=1)}
+        parts.append(replay_text(replayed))
     quarantine = _output(run, "validate", "quarantine")
     if isinstance(quarantine, pd.DataFrame) and len(quarantine):
         contents["quarantine.csv"] = quarantine.to_csv(index=False)
-    written = tuple(folder / file for file, content in contents.items() if content is not None)
+    written = tuple(folder / file for file in contents)
     try:
         for path in written:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,9 +94,12 @@ def summarise(name: str, reports: str, error: FlowSentryError | None = None) -> 
     except OSError as failed:
         raise ConfigError(f"reports: cannot write to {folder}: {failed.strerror}; name another folder") from failed
     if (selection := _output(run, "select", "selection")) is not None:
-        version = _output(run, "register", "model_version")
         parts.append(f"Selected: {selection.reason}")
-        parts.append(f"Model:    flowsentry, version {version}, stage staging")
+        if version := _output(run, "register", "model_version"):
+            stage = Client().get_model_version(MODEL, version).stage
+            parts.append(f"Model:    flowsentry, version {version}, stage {stage}")
+        if address := _output(run, "deploy", "address"):
+            parts.append(f"Champion: version {version} at {address}; `python -m flowsentry status` says how it is")
     candidates = ", `make mlflow` all candidates" if "evaluate" in run.steps else ""
     parts.append(f"Run:      {name}; `make dashboard` opens ZenML's dashboard{candidates}")
     parts += [f"{'File' if callable(contents[path.name]) else 'Page'}:     {path}" for path in written]
@@ -92,11 +109,12 @@ def summarise(name: str, reports: str, error: FlowSentryError | None = None) -> 
     return RunSummary(name, str(run.status), "\n".join(parts), written, failure)
 
 
-def _verdict_files(verdicts: pd.DataFrame) -> dict[str, Callable[[Path], None]]:
+def _verdict_files(verdicts: pd.DataFrame, reports: pd.DataFrame) -> dict[str, Callable[[Path], None]]:
     """Writers of the verdicts, by name of the file."""
     return {
         "verdicts.parquet": lambda path: verdicts.to_parquet(path, index=False),
         "verdicts.ndjson": lambda path: write_ndjson(verdicts, path),
+        "findings.ndjson": lambda path: write_findings(verdicts, reports, path),
     }
 
 

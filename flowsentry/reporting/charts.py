@@ -155,6 +155,37 @@ def alerts(panels: Sequence[AlertPanel]) -> Markup:
         return _svg(figure)
 
 
+def answers(history: pd.DataFrame) -> Markup:
+    """A replay as it went: wrong answers beside a constant model's, rates, and latency.
+
+    Args:
+        history: of `monitoring.figures.Tally`.
+    """
+    with rc_context(_LOOK):
+        figure = Figure(figsize=(11, 6.6), layout="constrained")
+        wrong, rates, latency = figure.subplots(3, 1, sharex=True)
+        at = history["reports"]
+        wrong.plot(at, history["constant_wrong"], color="#8d96a0", linestyle="--", label="always benign")
+        wrong.plot(at, history["wrong"], color=MALICIOUS, label="the service")
+        wrong.set(title="Wrong answers so far", ylabel="flows")
+        for name, title, colour, line in (
+            ("recall", "recall", PALETTE[0], "-"),
+            ("recent_recall", "recall, recently", PALETTE[5], ":"),
+            ("fpr", "false positive rate", MALICIOUS, "-"),
+            ("recent_fpr", "the same, recently", PALETTE[4], ":"),
+        ):
+            rates.plot(at, 100 * history[name], color=colour, linestyle=line, label=title)
+        rates.set(title="Rates so far", ylabel="%", ylim=(-3, 103))
+        latency.plot(at, history["latency_p99"], color=PALETTE[3], label="99%")
+        latency.plot(at, history["latency_p50"], color=PALETTE[2], label="50%")
+        latency.set(title="Latency of requests", ylabel="ms", xlabel="reports answered", ylim=(0, None))
+        for axis in (wrong, rates, latency):
+            axis.grid(True, axis="y")
+            axis.set_axisbelow(True)
+            axis.legend(loc="lower right", bbox_to_anchor=(1, 0.97), ncols=4)
+        return _svg(figure)
+
+
 def _clock(times: pd.DatetimeIndex) -> NDArray[np.datetime64]:
     return np.asarray(times.tz_convert("UTC").tz_localize(None).to_numpy())
 

@@ -9,6 +9,8 @@ import duckdb
 import pandas as pd
 import pyarrow as pa
 
+from flowsentry.serving.ocsf import findings
+
 _ROWS: Final = 100_000
 _TIME: Final = "%Y-%m-%dT%H:%M:%S.%gZ"
 _LINE: Final = f"""
@@ -38,3 +40,15 @@ def write_ndjson(verdicts: pd.DataFrame, path: Path) -> None:
         db.register("judged", table)
         for batch in db.sql(_LINE).to_arrow_reader(_ROWS):
             file.writelines(f"{line}\n" for line in batch.column(0).to_pylist())
+
+
+def write_findings(verdicts: pd.DataFrame, reports: pd.DataFrame, path: Path) -> None:
+    """One OCSF Detection Finding per malicious report, for a SIEM (docs/verdicts.md).
+
+    Args:
+        verdicts: of `verdict_summary.verdict_table`.
+        reports: the same reports.
+        path: overwritten.
+    """
+    with path.open("wb") as file:
+        file.writelines(findings(verdicts, reports))

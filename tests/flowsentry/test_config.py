@@ -8,13 +8,15 @@ import pytest
 import yaml
 from pydantic import BaseModel
 
-from flowsentry.config import FamilyName, Section, TrainConfig, load
+from flowsentry.config import FamilyName, InferenceConfig, PipelineConfig, ReplayConfig, Section, TrainConfig, load
 from flowsentry.errors import ConfigError
 from flowsentry.learning.families import FAMILIES
 from flowsentry.learning.search import Metric as SearchMetric
 from flowsentry.learning.selection import METRICS
 
 CONFIGS = Path(__file__).parents[2] / "configs"
+MODELS: dict[str, type[PipelineConfig]] = {"inference": InferenceConfig, "replay": ReplayConfig}
+"""Of the files that are not for the pipeline train."""
 
 
 def write(folder: Path, text: str | bytes) -> Path:
@@ -34,7 +36,16 @@ def complaint(folder: Path, text: str | bytes, model: type[BaseModel] = TrainCon
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda path: path.name)
 def test_every_file_in_configs_loads(path: Path) -> None:
-    assert isinstance(load(path, TrainConfig), TrainConfig)
+    assert isinstance(load(path, MODELS.get(path.stem, TrainConfig)), PipelineConfig)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_the_other_default_files_show_every_key_with_its_default_but_the_seed(name: str) -> None:
+    written = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
+    expected = MODELS[name]().model_dump(mode="json")
+    assert written.keys() == expected.keys()
+    assert written["simulation"].keys() == expected["simulation"].keys()
+    assert written["simulation"]["seed"] != expected["simulation"]["seed"]
 
 
 def test_the_default_file_shows_every_key_with_its_default() -> None:
