@@ -54,7 +54,7 @@ def read(body: bytes | memoryview, max_rows: int) -> pa.Table:
         TooManyRows: it describes more than `max_rows` rows.
     """
     try:
-        _inspect(pa.py_buffer(body), max_rows)
+        rows = _inspect(pa.py_buffer(body), max_rows)
         with pa.ipc.open_stream(body) as stream:
             schema = stream.schema
         wanted = [place for place, field in enumerate(schema) if field.name in COLUMNS]
@@ -63,6 +63,8 @@ def read(body: bytes | memoryview, max_rows: int) -> pa.Table:
             raise NotArrow("a column is there twice")
         if any(not _is_flat(schema.field(place).type) for place in wanted):
             raise NotArrow("a column is of a nested or extension type")
+        if not wanted:  # no included field would mean all
+            return pa.table({"flow_id": pa.nulls(rows)})
         options = pa.ipc.IpcReadOptions(included_fields=wanted, use_threads=False)
         with pa.ipc.open_stream(body, options=options) as stream:
             table = stream.read_all()
@@ -72,8 +74,8 @@ def read(body: bytes | memoryview, max_rows: int) -> pa.Table:
         raise NotArrow("the body is not an Arrow IPC stream") from error
 
 
-def _inspect(body: pa.Buffer, max_rows: int) -> None:
-    """Look at what the messages say of themselves, without decoding any."""
+def _inspect(body: pa.Buffer, max_rows: int) -> int:
+    """Look at what the messages say of themselves, without decoding any; returns the number of rows."""
     rows = batches = 0
     for message in pa.ipc.MessageReader.open_stream(body):
         if message.type not in ("record batch", "dictionary"):
@@ -92,6 +94,7 @@ def _inspect(body: pa.Buffer, max_rows: int) -> None:
             rows += struct.unpack_from("<q", description, length)[0] if length else 0
             if not 0 <= rows <= max_rows:
                 raise TooManyRows
+    return int(rows)
 
 
 def _field(description: memoryview, table: int, number: int) -> int:

@@ -475,6 +475,11 @@ def test_types_that_no_column_has_are_refused(column: pa.Array) -> None:
             parse(stream_of(table(**{name: column})), ARROW)
 
 
+def test_a_table_without_a_column_of_a_flow_is_not_decoded_and_all_its_rows_are_rejected() -> None:
+    batch = parse(stream_of(pa.table({"junk": [[1], [2]], "label": ["benign", "benign"]})), ARROW)
+    assert batch.rejected == [(0, "flow_id is missing"), (1, "flow_id is missing")]
+
+
 def test_a_column_that_is_there_twice_is_refused() -> None:
     twice = pa.Table.from_arrays([*table().columns, table()["bytes"]], [*table().column_names, "bytes"])
     with pytest.raises(Malformed, match="twice"):
