@@ -24,7 +24,7 @@ from flowsentry.monitoring.figures import WINDOW, Card, Finding, Progress, Stand
 from flowsentry.monitoring.journal import NARROW, Header, Model, Reader
 
 REFRESH_SECONDS: Final = 2.0
-ALERTS: Final = 12
+ALERTS: Final = 8
 HEIGHT: Final = 270
 NEWEST: Final = "newest"
 
@@ -65,7 +65,7 @@ def _page(named: Path | None) -> None:
         return
     sent = tally.last_sent.timestamp() if tally.last_sent is not None else header.begun
     progress = Progress(header.total, finished is not None, time.time() - sent)
-    _banners(findings(tally, card, progress))
+    _banners(findings(tally, card, progress), card)
     _numbers(tally.standing)
     _charts(tally, card)
     _alerts(alerts)
@@ -115,7 +115,7 @@ def _begin(header: Header, models: Sequence[Model], tally: Tally, finished: floa
     )
 
 
-def _banners(found: Sequence[Finding]) -> None:
+def _banners(found: Sequence[Finding], card: Card | None) -> None:
     for finding in found:
         if finding.code == "constant":
             st.error(f"### This model is of no use\n\n{_plain(finding.text)}", icon=":material/dangerous:")
@@ -124,7 +124,8 @@ def _banners(found: Sequence[Finding]) -> None:
         else:
             st.warning(_plain(finding.text), icon=":material/info:")
     if not found:
-        st.success("Nothing to object to so far.", icon=":material/check_circle:")
+        compared = "as good as its card says" if card else "its card has no scores to compare with"
+        st.success(f"Not constant, not skewed, nothing lost; {compared}.", icon=":material/check_circle:")
 
 
 def _numbers(standing: Standing) -> None:
@@ -341,6 +342,7 @@ def _alerts(alerts: pd.DataFrame) -> None:
     st.dataframe(
         table,
         hide_index=True,
+        row_height=58,
         column_config={
             "time": st.column_config.DatetimeColumn(format="YYYY-MM-DD HH:mm:ss"),
             "reason": st.column_config.TextColumn(width="large"),
@@ -361,7 +363,7 @@ def _champion(model: Model) -> None:
         "model": name,
         "version": model.version,
         "view": " ".join(str(said[key]) for key in ("view", "view_version") if key in said),
-        "limit": said.get("threshold"),
+        "limit": f"{threshold:.2f}" if isinstance(threshold := said.get("threshold"), float) else None,
     }
     st.markdown(" · ".join(f"{key} **{_plain(str(value))}**" for key, value in facts.items() if value))
     rows = _protocols(card)

@@ -228,11 +228,16 @@ def test_a_skewed_model_is_found_out(tally: Tally, words: str) -> None:
     assert any(words in finding.text for finding in found), found
 
 
-def test_a_family_found_less_often_than_the_card_says_is_named() -> None:
+def test_what_is_worse_than_the_card_is_named_and_weighed() -> None:
     found = findings(replayed(1000, 1, flood=(300, 220), scan=(40, 37)), CARD, AT_WORK)
     assert codes(found) == ["worse"]
     assert "flood" in found[0].text
     assert "73% of 300" in found[0].text
+    assert found[0].severity == "note"
+    half = findings(replayed(1000, 1, flood=(300, 140), scan=(40, 37)), CARD, AT_WORK)
+    assert [(finding.code, finding.severity) for finding in half] == [("worse", "bad")]
+    few_false_alarms = findings(replayed(9000, 80, flood=(400, 398)), CARD, AT_WORK)
+    assert [(finding.code, finding.severity) for finding in few_false_alarms] == [("skewed", "note")]
 
 
 def test_small_numbers_do_not_alarm() -> None:

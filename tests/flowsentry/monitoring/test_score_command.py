@@ -43,6 +43,22 @@ def test_files_are_judged_as_offline(
     assert [path.name for path in tmp_path.iterdir()] == ["verdicts.ndjson"]
 
 
+def test_alarms_are_written_as_ocsf_findings(
+    shared_service: Service, detector: Detector, flows: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "findings.ndjson"
+    assert main(["score", str(flows), "--ocsf", "--endpoint", shared_service.endpoint.url, "--out", str(out)]) == 0
+    findings = [json.loads(line) for line in out.read_text().splitlines()]
+    reports = sources.read([flows]).reports
+    alarms = detector.verdicts(reports)["label"].eq("malicious").to_numpy()
+    assert len(findings) == alarms.sum() > 0
+    assert {finding["class_uid"] for finding in findings} == {2004}
+    sources_of_alarms = [finding["evidences"][0]["src_endpoint"]["ip"] for finding in findings]
+    assert sources_of_alarms == reports["src_ip"][alarms].tolist()
+    created = [finding["finding_info"]["uid"] for finding in findings if finding["activity_name"] == "Create"]
+    assert len(created) == len({finding["finding_info"]["uid"] for finding in findings})
+
+
 def test_rows_without_a_verdict_are_named(
     shared_service: Service, flows: Path, tmp_path: Path, capfdbinary: pytest.CaptureFixture[bytes]
 ) -> None:
