@@ -544,7 +544,7 @@ def _fpr_not_worse(mine: Scores, theirs: Scores, difference: Difference) -> Rule
         name="FPR not worse",
         outcome="passed" if low is not None and low <= 0 else "failed",
         words=f"FPR {_told(mine.fpr)} against {_told(theirs.fpr)}: difference {_told(difference.fpr, sign=True)}, "
-        "which must not be above 0 as a whole",
+        "an interval above 0 is not allowed",
         figures=_compared(mine.fpr, theirs.fpr, difference.fpr),
     )
 
@@ -571,7 +571,7 @@ def _loses(difference: Figure, most: float) -> Outcome:
 def _against(what: str, mine: Figure, theirs: Figure, difference: Figure, most: float) -> str:
     return (
         f"{what} {_told(mine)} against {_told(theirs)}: difference {_told(difference, sign=True)}, "
-        f"at most {most:g} lower and not below 0 as a whole"
+        f"at most {most:g} lower is allowed, but not an interval below 0"
     )
 
 
