@@ -20,12 +20,23 @@ import streamlit as st
 from flowsentry.errors import StoreError
 from flowsentry.flows.schema import BENIGN, MALICIOUS
 from flowsentry.monitoring import journal as journals
-from flowsentry.monitoring.figures import WINDOW, Card, Finding, Progress, Standing, Tally, card_of, findings
+from flowsentry.monitoring.figures import (
+    SILENT_SECONDS,
+    WINDOW,
+    Card,
+    Finding,
+    Progress,
+    Standing,
+    Tally,
+    card_of,
+    findings,
+)
 from flowsentry.monitoring.journal import NARROW, Header, Model, Reader
 
 REFRESH_SECONDS: Final = 2.0
 ALERTS: Final = 8
 HEIGHT: Final = 270
+LEAST_FPR_SCALE: Final = 0.01
 NEWEST: Final = "newest"
 
 RIGHT, MISSED, FALSE_ALARM = "#0072B2", "#D55E00", "#E69F00"
@@ -33,6 +44,8 @@ REFERENCE, CONSTANT = "#333333", "#B9C0C8"
 PALETTE: Final = ["#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#4D4D4D", "#8C6D1F"]
 """Okabe and Ito's colours, told apart by colour-blind readers too."""
 DASHES: Final = [[1, 0], [6, 3], [2, 2], [8, 3, 2, 3]]
+State = tuple[Path | None, int, float | None, bool]
+"""What is shown: which journal, reports in it, when it was finished, whether it stands still."""
 SINCE, RECENTLY = "since the beginning", f"last {WINDOW} reports"
 
 
@@ -40,31 +53,54 @@ def main() -> None:
     """Show the journal named on the command line, or one of those in the user's folder."""
     st.set_page_config(page_title="FlowSentry live", layout="wide")
     named = Path(sys.argv[1]) if len(sys.argv) > 1 else None
-    st.fragment(_page, run_every=REFRESH_SECONDS)(named)
-
-
-def _page(named: Path | None) -> None:
     title, chooser = st.columns([3, 1], vertical_alignment="bottom")
     title.header("FlowSentry: replay against the live service", anchor=False)
-    path = named or _choice(chooser)
+    chosen = NEWEST if named else _choice(chooser)
+    path = _path(named, chosen)
+    state = _state(path)
     if path is None:
         _nothing_yet()
-        return
+    else:
+        try:
+            _show(path)
+        except StoreError as error:
+            st.error(_plain(str(error)))
+    st.fragment(_watch, run_every=REFRESH_SECONDS)(named, chosen, state)
+
+
+def _watch(named: Path | None, chosen: str, shown: State) -> None:
+    """Draw the page again if there is something new: drawing costs more than looking."""
+    if _state(_path(named, chosen)) != shown:
+        st.rerun()
+
+
+def _state(path: Path | None) -> State:
+    if path is None:
+        return (None, 0, None, False)
     try:
         with Reader(path) as reader:
-            tally = _tally(path, reader)
-            models, finished = reader.models, reader.finished
-            header, alerts = reader.header, reader.alerts(ALERTS * 20)
-    except StoreError as error:
-        st.error(_plain(str(error)))
-        return
+            tally: Tally | None = st.session_state.get("tally")
+            silent = tally is not None and _silent_seconds(tally, reader.header) > SILENT_SECONDS
+            return (path, reader.count, reader.finished, silent)
+    except StoreError:
+        return (path, -1, None, False)
+
+
+def _silent_seconds(tally: Tally, header: Header) -> float:
+    return time.time() - (tally.last_sent.timestamp() if tally.last_sent is not None else header.begun)
+
+
+def _show(path: Path) -> None:
+    with Reader(path) as reader:
+        tally = _tally(path, reader)
+        models, finished = reader.models, reader.finished
+        header, alerts = reader.header, reader.alerts(ALERTS * 20)
     card = card_of(models[-1].description) if models else None
     _begin(header, models, tally, finished)
     if not tally.rows:
         st.info("The replay has begun; nothing is answered yet.")
         return
-    sent = tally.last_sent.timestamp() if tally.last_sent is not None else header.begun
-    progress = Progress(header.total, finished is not None, time.time() - sent)
+    progress = Progress(header.total, finished is not None, _silent_seconds(tally, header))
     _banners(findings(tally, card, progress), card)
     _numbers(tally.standing)
     _charts(tally, card)
@@ -73,13 +109,19 @@ def _page(named: Path | None) -> None:
         _champion(models[-1])
 
 
-def _choice(place: Any) -> Path | None:
-    found = journals.journals(journals.folder())
-    if not found:
-        return None
-    names = [NEWEST, *(path.stem for path in found)]
+def _choice(place: Any) -> str:
+    names = [NEWEST, *(path.stem for path in journals.journals(journals.folder()))]
+    if len(names) == 1:
+        return NEWEST
     chosen = place.selectbox("Replay", names, format_func=lambda name: "the newest" if name == NEWEST else name)
-    return next((path for path in found if path.stem == chosen), found[0])
+    return str(chosen)
+
+
+def _path(named: Path | None, chosen: str) -> Path | None:
+    if named is not None:
+        return named
+    found = journals.journals(journals.folder())
+    return next((path for path in found if path.stem == chosen), found[0] if found else None)
 
 
 def _nothing_yet() -> None:
@@ -277,21 +319,23 @@ def _families(place: Any, tally: Tally, card: Card | None) -> None:
 def _false_alarms(past: pd.DataFrame, card: Card | None) -> Any:
     names = {"fpr": SINCE, "recent_fpr": RECENTLY}
     long = past.rename(columns=names).melt("reports", list(names.values()), "span", "share").dropna()
+    promised = card.benign.rate if card else None
+    top = max(1.1 * long["share"].max(), 1.5 * (promised or 0), LEAST_FPR_SCALE) if len(long) else 1.0
     lines = (
         alt.Chart(long)
         .mark_line(strokeWidth=2)
         .encode(
             _reports(),
-            alt.Y("share:Q", title=None, axis=alt.Axis(format=".1%"), scale=alt.Scale(domainMin=0)),
+            alt.Y("share:Q", title=None, axis=alt.Axis(format="~%", tickCount=5), scale=alt.Scale(domain=[0, top])),
             alt.Color(
                 "span:N", scale=alt.Scale(domain=list(names.values()), range=[MISSED, FALSE_ALARM]), legend=_legend()
             ),
             tooltip=["reports:Q", "span:N", alt.Tooltip("share:Q", format=".2%")],
         )
     )
-    if card is None or card.benign.rate is None:
+    if promised is None:
         return alt.layer(lines).properties(height=HEIGHT)
-    rule = alt.Chart(pd.DataFrame({"share": [card.benign.rate], "name": ["its card"]})).encode(y="share:Q")
+    rule = alt.Chart(pd.DataFrame({"share": [promised], "name": ["its card"]})).encode(y="share:Q")
     return alt.layer(
         lines,
         rule.mark_rule(color=REFERENCE, strokeDash=[6, 4], strokeWidth=2),
