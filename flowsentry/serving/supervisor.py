@@ -493,9 +493,10 @@ def _environment(home: Path, metrics: Path) -> dict[str, str]:
     if kept := [entry for entry in path if entry and not Path(entry, "flowsentry").is_dir()]:
         environment["PYTHONPATH"] = os.pathsep.join(kept)
     telemetry.disable(environment)
+    environment.pop("FLOWSENTRY_SERVICE_TOKEN", None)
+    environment.setdefault("FLOWSENTRY_SERVICE_STATE", str(home / "state"))
     return environment | {
         "BENTOML_HOME": str(home / "bentoml"),
-        "FLOWSENTRY_SERVICE_STATE": str(home / "state"),
         "FLOWSENTRY_SERVICE_TOKEN_FILE": str(home / "token"),
         "PROMETHEUS_MULTIPROC_DIR": str(metrics),
         "PYTHONUNBUFFERED": "1",
