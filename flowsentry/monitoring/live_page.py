@@ -34,7 +34,7 @@ from flowsentry.monitoring.figures import (
 from flowsentry.monitoring.journal import NARROW, Header, Model, Reader
 
 REFRESH_SECONDS: Final = 2.0
-ALERTS: Final = 8
+ALERTS: Final = 9
 HEIGHT: Final = 270
 LEAST_FPR_SCALE: Final = 0.01
 NEWEST: Final = "newest"
@@ -374,26 +374,27 @@ def _alerts(alerts: pd.DataFrame) -> None:
         {
             "time": latest["time"],
             "from": _ends(latest, "src"),
-            "to": _ends(latest, "dst"),
-            "protocol": latest["transport"],
+            "to": _ends(latest, "dst").str.cat(("/" + latest["transport"].astype("string")).fillna("")),
             "alarm": latest["anomaly_type"],
             "reason": latest["reason"],
             "score": latest["anomaly_score"],
-            "limit": latest["threshold"],
             "truth": truth.mask(latest["expected"].eq(BENIGN), "benign: false alarm").fillna("unknown"),
         }
     )
     st.dataframe(
         table,
         hide_index=True,
-        row_height=58,
         column_config={
-            "time": st.column_config.DatetimeColumn(format="YYYY-MM-DD HH:mm:ss"),
-            "reason": st.column_config.TextColumn(width="large"),
-            "score": st.column_config.NumberColumn(format="%.1f"),
-            "limit": st.column_config.NumberColumn(format="%.1f"),
+            "time": st.column_config.DatetimeColumn(format="HH:mm:ss", width=70),
+            "from": st.column_config.TextColumn(width=150),
+            "to": st.column_config.TextColumn(width=160),
+            "alarm": st.column_config.TextColumn(width=90),
+            "reason": st.column_config.TextColumn(width=580),
+            "score": st.column_config.NumberColumn(format="%.1f", width=50),
+            "truth": st.column_config.TextColumn(width=120),
         },
     )
+    st.caption(f"A flow is called malicious from the score {latest['threshold'].iloc[0]:.2f} on.")
 
 
 def _champion(model: Model) -> None:

@@ -126,7 +126,7 @@ def test_a_healthy_replay_is_shown_with_its_numbers_and_its_models_card() -> Non
     families, alerts, protocols = (frame.value for frame in page.dataframe)
     assert families.iloc[0][["family", "flows", "found", "card"]].tolist() == ["flood", 60, 57, 0.95]
     assert alerts["reason"].eq("900 flows in 10 s").all()
-    assert alerts["to"].iloc[0] == "10.0.0.2:22"
+    assert alerts["to"].iloc[0] == "10.0.0.2:22/tcp"
     assert protocols.iloc[0][["protocol", "recall", "recall, worst"]].tolist() == ["time", 0.625, 0.5]
 
 
