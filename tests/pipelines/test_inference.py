@@ -31,11 +31,6 @@ pytestmark = [
 
 
 @pytest.fixture(scope="module")
-def detector() -> Detector:
-    return trained()
-
-
-@pytest.fixture(scope="module")
 def other() -> Detector:
     return trained("tails")
 

@@ -14,17 +14,12 @@ from flowsentry.serving import bundle
 from flowsentry.serving.local import LocalDeployer
 from flowsentry.simulation.files import write
 from stacks import apply
-from tests.pipelines.champion import Ran, recording, refused, start, trained
+from tests.pipelines.champion import Ran, recording, refused, start
 
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.filterwarnings("ignore", "error:::(flowsentry|materializers|pipelines|run|stacks|steps)"),
 ]
-
-
-@pytest.fixture(scope="module")
-def detector() -> Detector:
-    return trained()
 
 
 @pytest.fixture(scope="module")

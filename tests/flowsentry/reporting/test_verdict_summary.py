@@ -200,6 +200,19 @@ def test_what_comes_from_outside_is_text_on_the_page_and_in_the_terminal(detecto
     assert VerdictSummary.model_validate_json(found.model_dump_json()) == found
 
 
+def test_every_recording_is_a_stream_of_its_own(small: Small, detector: Detector) -> None:
+    one, count = small.reports, int(small.reports["flow"].max()) + 1
+    both = pd.concat([one, one.assign(recording="again")], ignore_index=True).astype({"recording": "category"})
+    verdicts = verdict_table(both, detector, "7")
+    found = summarise(verdicts, both, NO_ROWS, {}, detector, "7")
+    first, second = found.recordings
+    assert (first.flows, second.flows, found.flows) == (count, count, 2 * count)
+    assert first.alerts == second.alerts > 0
+    assert verdicts["anomaly_score"].iloc[: len(one)].tolist() == verdicts["anomaly_score"].iloc[len(one) :].tolist()
+    page = verdicts_html(found, verdicts)
+    assert "Flows, again" in page
+
+
 def test_quiet_flows_make_a_quiet_page(detector: Detector) -> None:
     rows = [{"flow": i, "label": None} for i in range(3)]
     found = summary_of(rows, detector)
@@ -209,8 +222,10 @@ def test_quiet_flows_make_a_quiet_page(detector: Detector) -> None:
     assert 'id="alerts"' not in page
 
 
-def test_a_verdict_of_a_file_is_the_services_verdict(small: Small, detector: Detector, tmp_path: Path) -> None:
+@pytest.mark.parametrize("view", ["behaviour", "paper"])
+def test_a_verdict_of_a_file_is_the_services_verdict(small: Small, tmp_path: Path, view: str) -> None:
     """Each line of NDJSON beside the same flow's line in the service's answer."""
+    detector = trained(small, view, target_fpr=0.1)
     reports = small.reports
     verdicts = verdict_table(reports, detector, "7")
     assert verdicts.index.equals(reports.index)
@@ -218,7 +233,7 @@ def test_a_verdict_of_a_file_is_the_services_verdict(small: Small, detector: Det
     lines = [orjson.loads(line) for line in (tmp_path / "verdicts.ndjson").read_bytes().splitlines()]
     columns = Columns.of(reports)
     batch = wire.Batch(columns, reports.index.to_numpy(), reports["flow_id"].tolist(), [], len(reports))
-    head = wire.Head("default", len(reports), 0, "7", "behaviour", detector.manifest.version, detector.limit)
+    head = wire.Head("default", len(reports), 0, "7", view, detector.manifest.version, detector.limit)
     body = wire.answer(wire.NDJSON, head, detector.watch().take(columns), batch)
     answers = [orjson.loads(line) for line in body.splitlines()]
     assert sum(answer["label"] == "malicious" for answer in answers) > 10
