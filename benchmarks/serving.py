@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import http.client
+import io
 import json
 import os
 import random
@@ -312,7 +313,7 @@ def hostile(bench: Bench) -> None:
 
         some(4_000)
         before = server.worker.memory_info().rss
-        fuzzed = _fuzz(server.port)
+        fuzzed = _fuzz(server.port, bench.folder)
         for _ in range(12):
             some(8_000)
         for _ in range(2_000):
@@ -370,12 +371,12 @@ def _garbage(port: int, generator: random.Random) -> None:
         client.sendall(begin + generator.randbytes(generator.randint(1, 2000)))
 
 
-def _fuzz(port: int) -> str:
+def _fuzz(port: int, folder: Path) -> str:
     """Let schemathesis send what the published interface allows and forbids; what it says of the answers."""
     url = f"http://127.0.0.1:{port}/v1/openapi.json"
     options = ("--checks", "not_a_server_error", "--max-examples", "150", "--seed", "1", "--no-color")
     command = (sys.executable, "-m", "schemathesis.cli", "run", url, *options)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=900)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=900)
     lines = [line.strip() for line in done.stdout.splitlines() if line.strip()]
     told = [line for line in lines if "generated" in line or "issues" in line.lower() or "unique failures" in line]
     return f"exit status {done.returncode}; " + "; ".join(told[-3:] or lines[-3:])
@@ -437,6 +438,8 @@ def main() -> None:
     if unknown := set(arguments.parts) - set(PARTS):
         parser.error(f"unknown: {', '.join(sorted(unknown))}")
     telemetry.disable()
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(line_buffering=True)
     with tempfile.TemporaryDirectory(prefix="flowsentry-bench-") as folder:
         bench = Bench(Path(folder), arguments.flows)
         for name in arguments.parts or PARTS:
