@@ -161,11 +161,12 @@ class Detector:
         """Set the detector to work on a stream: a new one, or one that goes on."""
         return Watch(self, stream or kernel.Stream())
 
-    def verdicts(self, reports: pd.DataFrame) -> pd.DataFrame:
+    def verdicts(self, reports: pd.DataFrame, *, explained: bool = True) -> pd.DataFrame:
         """Judge whole recordings of raw reports.
 
         Args:
             reports: canonical reports; each recording is a stream of its own, in arrival order.
+            explained: with reasons, which take most of the time where many flows are malicious.
 
         Returns:
             One row per report, with the index of `reports`: `flow` (number, unique over recordings), `anomaly_score`,
@@ -175,7 +176,7 @@ class Detector:
         parts, following = [], 0
         for _, part in reports.groupby("recording", observed=True, sort=False):
             judged = self.watch().take(Columns.of(part))
-            parts.append(judged.table().set_index(part.index).assign(flow=judged.flow + following))
+            parts.append(judged.table(explained=explained).set_index(part.index).assign(flow=judged.flow + following))
             following += int(judged.flow.max()) + 1
         return pd.concat(parts).reindex(reports.index) if parts else _no_verdicts()
 
@@ -267,10 +268,10 @@ class Judged:
         rows = self.rows.iloc[positions] if isinstance(self.rows, pd.DataFrame) else self.rows[positions]
         return explain(self.detector, rows)
 
-    def table(self) -> pd.DataFrame:
-        """The columns of `Detector.verdicts`."""
+    def table(self, *, explained: bool = True) -> pd.DataFrame:
+        """The columns of `Detector.verdicts`; without reasons those that need them are empty."""
         count = len(self)
-        alarms = np.flatnonzero(self.malicious)
+        alarms = np.flatnonzero(self.malicious & explained)
         reasons: list[list[Reason] | None] = [None] * count
         kinds: list[str | None] = [None] * count
         windows: list[str | None] = [None] * count

@@ -6,17 +6,20 @@ from zenml import pipeline
 from zenml.config.cache_policy import CachePolicy
 from zenml.enums import ExecutionMode
 
-from flowsentry.config import SelectSettings, SplitSettings, TrainConfig
+from flowsentry.config import QualityGateSettings, SelectSettings, ServiceGateSettings, SplitSettings, TrainConfig
 from flowsentry.errors import FlowSentryError
 from flowsentry.flows import sources
 from flowsentry.learning.candidates import Recipe
 from flowsentry.simulation import SimulationSettings
 from pipelines.summary import RunSummary, run_name, summarise
+from steps.build import build
 from steps.check_protocol import check_protocol
 from steps.code_digest import code_digest
+from steps.deploy import deploy
 from steps.engineer import engineer
 from steps.evaluate import evaluate
 from steps.load import load
+from steps.quality_gate import quality_gate
 from steps.register import register
 from steps.select import select
 from steps.train_sweep import train_sweep
@@ -34,8 +37,12 @@ def train(
     families: list[str],
     recipe: Recipe,
     selecting: SelectSettings,
+    deploying: bool,
+    quality: QualityGateSettings,
+    service: ServiceGateSettings,
 ) -> None:
-    """Load → validate → engineer → train_sweep (one step for each family) → evaluate → select → register.
+    """Load → validate → engineer → train_sweep (one step for each family) → evaluate → select → register →
+    quality_gate → build → deploy.
 
     Step check_protocol runs before any train_sweep: nothing is trained if the deciding protocol is impossible.
     """
@@ -49,7 +56,11 @@ def train(
     ]
     evaluation, _ = evaluate(candidates, features, flows, splits, recipe, rows)
     selection, detector, exposure, _, _ = select(evaluation, candidates, flows, splits, recipe, selecting)
-    register(detector, exposure, selection)
+    version = register(detector, exposure, selection)
+    if deploying:
+        decision = quality_gate(detector, version, valid_reports, flows, features, splits, recipe, quality)
+        bundle = build(detector, version, after="quality_gate")
+        deploy(bundle, detector, version, decision, valid_reports, flows, splits, service)
 
 
 def run(config: TrainConfig, *, cache: bool) -> RunSummary:
@@ -87,6 +98,9 @@ def run(config: TrainConfig, *, cache: bool) -> RunSummary:
                 seed=config.splits.seed,
             ),
             selecting=config.select,
+            deploying=config.deploy,
+            quality=config.quality_gate,
+            service=config.service_gate,
         )
     except FlowSentryError as error:
         return summarise(name, config.reports, error)

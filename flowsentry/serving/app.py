@@ -32,7 +32,7 @@ from flowsentry.errors import FlowSentryError, StoreError
 from flowsentry.serving import wire
 from flowsentry.serving.metrics import MEDIA_TYPE as METRICS_TYPE
 from flowsentry.serving.metrics import Metrics
-from flowsentry.serving.protocol import DURABLE_HEADER, SEEN_HEADER, STREAM_HEADER, SeenMismatch
+from flowsentry.serving.protocol import ARROW, DURABLE_HEADER, JSON, NDJSON, SEEN_HEADER, STREAM_HEADER, SeenMismatch
 from flowsentry.serving.schema import PROBLEMS
 from flowsentry.serving.settings import Settings
 from flowsentry.serving.store import FolderStore
@@ -405,9 +405,9 @@ def rehearse(model: Model) -> None:
     with pa.ipc.new_stream(arrow, table.schema) as stream:
         stream.write_table(table)
     bodies = {
-        wire.JSON: orjson.dumps({"flows": flows}),
-        wire.NDJSON: b"\n".join(map(orjson.dumps, flows)),
-        wire.ARROW: arrow.getvalue().to_pybytes(),
+        JSON: orjson.dumps({"flows": flows}),
+        NDJSON: b"\n".join(map(orjson.dumps, flows)),
+        ARROW: arrow.getvalue().to_pybytes(),
     }
     with tempfile.TemporaryDirectory() as folder:
         streams = Streams(model.detector, FolderStore(Path(folder)), Limits())

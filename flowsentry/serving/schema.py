@@ -17,7 +17,7 @@ from pydantic.json_schema import models_json_schema
 from flowsentry.features.views import Anomaly, ViewManifest, Window
 from flowsentry.flows.schema import MAX_ADDRESS_LENGTH, MAX_COUNT, MAX_DURATION_NS, MAX_PORT
 from flowsentry.serving._values import MAX_FLOW_ID, REASONS
-from flowsentry.serving.wire import ARROW, JSON, NDJSON
+from flowsentry.serving.protocol import ARROW, JSON, NDJSON
 
 DIALECT: Final = "https://json-schema.org/draft/2020-12/schema"
 VERDICT_ID: Final = "urn:flowsentry:verdict:1"

@@ -20,14 +20,12 @@ from flowsentry.flows.columns import Columns, has_payload
 from flowsentry.flows.schema import BENIGN, MALICIOUS, conform
 from flowsentry.serving import _arrow
 from flowsentry.serving._values import COLUMNS, MISSING, Fields, Rejects, check, fields
+from flowsentry.serving.protocol import ARROW, JSON, NDJSON
 
 if TYPE_CHECKING:
     from flowsentry.detector import Judged
     from flowsentry.reasons import Reason
 
-JSON: Final = "application/json"
-NDJSON: Final = "application/x-ndjson"
-ARROW: Final = "application/vnd.apache.arrow.stream"
 MEDIA_TYPES: Final = (JSON, NDJSON, ARROW)
 
 AHEAD_MS: Final = 600_000

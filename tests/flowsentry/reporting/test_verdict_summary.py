@@ -12,6 +12,7 @@ from flowsentry.flows.columns import Columns
 from flowsentry.reporting.verdict_files import write_ndjson
 from flowsentry.reporting.verdict_summary import VerdictSummary, summarise, verdict_table, verdicts_html, verdicts_text
 from flowsentry.serving import wire
+from flowsentry.serving.protocol import NDJSON
 from tests.flowsentry.tables import START, make_reports
 from tests.flowsentry.test_detector import trained
 
@@ -234,7 +235,7 @@ def test_a_verdict_of_a_file_is_the_services_verdict(small: Small, tmp_path: Pat
     columns = Columns.of(reports)
     batch = wire.Batch(columns, reports.index.to_numpy(), reports["flow_id"].tolist(), [], len(reports))
     head = wire.Head("default", len(reports), 0, "7", view, detector.manifest.version, detector.limit)
-    body = wire.answer(wire.NDJSON, head, detector.watch().take(columns), batch)
+    body = wire.answer(NDJSON, head, detector.watch().take(columns), batch)
     answers = [orjson.loads(line) for line in body.splitlines()]
     assert sum(answer["label"] == "malicious" for answer in answers) > 10
     for line, answer, file, row in zip(lines, answers, reports["file"], reports["row"], strict=True):

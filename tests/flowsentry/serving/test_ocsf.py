@@ -10,6 +10,7 @@ import pytest
 
 from flowsentry.serving import ocsf, wire
 from flowsentry.serving.ocsf import HIGH, INFORMATIONAL, LOW, MEDIUM, findings, severity
+from flowsentry.serving.protocol import JSON
 from tests.flowsentry.tables import make_reports
 from tests.flowsentry.test_detector import trained
 
@@ -93,7 +94,7 @@ def test_verdicts_of_the_service_become_findings(small: Small) -> None:
     batch = wire.Batch(None, reports["row"].to_numpy(), reports["flow_id"].tolist(), [], len(reports))  # type: ignore[arg-type]
     judged = detector.watch().take(wire.Columns.of(reports))
     head = wire.Head("s", 1, 1, "7", "behaviour", "2", detector.limit)
-    table = pd.DataFrame(orjson.loads(wire.answer(wire.JSON, head, judged, batch))["verdicts"])
+    table = pd.DataFrame(orjson.loads(wire.answer(JSON, head, judged, batch))["verdicts"])
     found = [orjson.loads(line) for line in findings(table, reports)]
     assert len(found) == judged.malicious.sum() > 0
     assert {finding["severity_id"] for finding in found} <= set(ocsf.SEVERITIES)

@@ -17,7 +17,8 @@ from flowsentry.detector import Detector, Judged
 from flowsentry.flows.columns import Columns
 from flowsentry.serving import app, schema, wire
 from flowsentry.serving._values import REASONS
-from flowsentry.serving.wire import ARROW, JSON, NDJSON, Batch, Head
+from flowsentry.serving.protocol import ARROW, JSON, NDJSON
+from flowsentry.serving.wire import Batch, Head
 from tests.flowsentry.test_detector import trained
 
 if TYPE_CHECKING:

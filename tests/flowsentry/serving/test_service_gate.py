@@ -32,6 +32,7 @@ from flowsentry.serving import wire
 from flowsentry.serving.app import App, Model
 from flowsentry.serving.client import Client
 from flowsentry.serving.deployer import Endpoint
+from flowsentry.serving.protocol import ARROW, JSON
 from flowsentry.serving.service_gate import ServiceDecision, _plan, check
 from flowsentry.serving.settings import Settings
 from flowsentry.serving.store import open_store
@@ -141,7 +142,7 @@ def talking(answer: Callable[[BaseHTTPRequestHandler, bytes], None], model: dict
 
 
 def reply(
-    handler: BaseHTTPRequestHandler, body: bytes, *, status: int = 200, kind: str = wire.JSON, seen: int | None = None
+    handler: BaseHTTPRequestHandler, body: bytes, *, status: int = 200, kind: str = JSON, seen: int | None = None
 ) -> None:
     handler.send_response(status)
     handler.send_header("Content-Type", kind)
@@ -360,7 +361,7 @@ def answer_no_numbers(handler: BaseHTTPRequestHandler, body: bytes) -> None:
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
-    reply(handler, sink.getvalue().to_pybytes(), kind=wire.ARROW, seen=_end(handler, body))
+    reply(handler, sink.getvalue().to_pybytes(), kind=ARROW, seen=_end(handler, body))
 
 
 def _count(handler: BaseHTTPRequestHandler, body: bytes) -> int:
@@ -443,7 +444,7 @@ def test_requests_are_of_one_flow_of_a_tick_and_of_thousands_in_both_formats() -
     others = [request for request, is_burst in plan if not is_burst]
     sizes = {
         kind: {request.end - request.begin for request in others if request.media_type == kind}
-        for kind in (wire.JSON, wire.ARROW)
+        for kind in (JSON, ARROW)
     }
     assert sum(request.end - request.begin for request in bursts) == 200
     assert bursts[0].begin < 4800

@@ -24,7 +24,8 @@ from flowsentry.flows import sources
 from flowsentry.flows.columns import Columns
 from flowsentry.flows.expectations import validate
 from flowsentry.serving import _values, wire
-from flowsentry.serving.wire import ARROW, JSON, NDJSON, Batch, Head, Malformed
+from flowsentry.serving.protocol import ARROW, JSON, NDJSON
+from flowsentry.serving.wire import Batch, Head, Malformed
 
 NOW_MS = int(pd.Timestamp("2026-03-01T12:00:00Z").timestamp() * 1000)
 parse = partial(wire.parse, max_flows=10_000, now_ms=NOW_MS)
