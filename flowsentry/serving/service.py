@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import sys
 import time
+import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Final
@@ -53,6 +54,8 @@ class JsonLines(logging.Formatter):
         }
         if record.exc_info and (error := record.exc_info[1]) is not None:
             line["error"] = str(error) if isinstance(error, FlowSentryError) else type(error).__name__
+            frames = traceback.extract_tb(error.__traceback__)
+            line["traceback"] = [f"{Path(frame.filename).name}:{frame.lineno} {frame.name}" for frame in frames]
         return orjson.dumps(line, default=str).decode()
 
 
@@ -62,6 +65,7 @@ def log_as_json() -> None:
     ours.handlers = [logging.StreamHandler(sys.stdout)]
     ours.setLevel(logging.INFO)
     ours.propagate = False
+    logging.getLogger("uvicorn.error").propagate = False  # it would write every line twice
     for name in ("", "bentoml", "uvicorn.error", "flowsentry"):
         for handler in logging.getLogger(name).handlers:
             handler.setFormatter(JsonLines())
@@ -102,13 +106,13 @@ class FlowSentry:
     """Flows in, verdicts out."""
 
     def __init__(self) -> None:
+        log_as_json()
         # the command line of BentoML imports this module too, and serves nothing
         from flowsentry.serving import schema
         from flowsentry.serving.app import App, Model, rehearse
         from flowsentry.serving.store import open_store
         from flowsentry.serving.streams import Limits, Streams
 
-        log_as_json()
         settings = Settings.read()
         model = Model.load(Path(__file__).resolve().parents[2])
         rehearse(model)
