@@ -14,7 +14,6 @@ COMMANDS: Final = {
     "download": ("flowsentry.flows.download", "fetch the published flows, with checksums and resume"),
     "live": ("flowsentry.monitoring.live", "show a replay while it goes on, as a page on this machine"),
     "replay": ("flowsentry.monitoring.replay_command", "send labelled flows to the live service, and keep score"),
-    "rollback": ("flowsentry.serving.rollback_command", "make this machine's previous champion the champion again"),
     "score": ("flowsentry.monitoring.score_command", "judge files of flows by the live service, verdicts as NDJSON"),
     "simulate": ("flowsentry.simulation.command", "write a simulated recording to a file"),
     "start": ("flowsentry.serving.start_command", "bring this machine's champion back, as after a restart"),

@@ -1,4 +1,4 @@
-"""What `start`, `stop`, `status` and `rollback` of the command line have in common."""
+"""What `start`, `stop` and `status` of the command line have in common."""
 
 from __future__ import annotations
 
