@@ -38,7 +38,7 @@ from flowsentry.flows.reports import (
     is_continued,
 )
 
-KERNEL_VERSION: Final = "1"
+KERNEL_VERSION: Final = "2"
 
 RING: Final = 32
 """Ticks of 10 s that a ring holds; the longest window is 30."""
@@ -49,6 +49,8 @@ LAG_TICKS: Final = 180
 """What an entity does becomes normal 30 minutes later: an attack must not teach the baseline while it lasts."""
 WARM_UP_TICKS: Final = 180
 """The first 30 minutes of a stream are trusted: they become normal at once and are not scored."""
+LONGEST_STEP_TICKS: Final = 30
+"""A step of the clock counts this much towards the warm-up: one report with an old time teaches nothing."""
 LIFETIME_TICKS: Final = 360
 """An entity without a baseline is forgotten after an hour of silence."""
 KNOWN_LIFETIME_TICKS: Final = 8640
@@ -146,12 +148,13 @@ def _touch(
     slot: int,
     tick: int,
     begin: int,
+    trusted_until: int,
 ) -> None:
     """Bring an entity to `tick`: learn its old buckets, forget it if its lifetime is over, empty its silent ticks."""
     bucket = (tick - begin) // BUCKET_TICKS
     silent = tick - counters[slot, LAST]
     if counters[slot, FIRST_SEEN] >= 0:
-        horizon = max(min(tick, begin + WARM_UP_TICKS), tick - LAG_TICKS)
+        horizon = max(min(tick, trusted_until), tick - LAG_TICKS)
         ripe = min((horizon - begin) // BUCKET_TICKS, bucket)
         oldest = counters[slot, OLDEST_BUCKET]
         for b in range(oldest, min(ripe, oldest + BUCKETS)):
@@ -235,6 +238,7 @@ def _advance(
     buckets: np.ndarray,
     baseline: np.ndarray,
     used: np.ndarray,
+    trust: np.ndarray,
     ticks: np.ndarray,
     ids: np.ndarray,
     finals: np.ndarray,
@@ -250,12 +254,14 @@ def _advance(
     reversed_: np.ndarray,
     numbers: np.ndarray,
     fresh: np.ndarray,
+    warm: np.ndarray,
 ) -> int:
     """Take in the reports from `position` on; returns where it stopped, before the end if a table is full.
 
-    `used`: slots in use of the flow, endpoint and entity tables, and the flows so far. `features` float32
-    [reports, FEATURES], `reversed_` bool [reports] (the source is the service), `numbers` int64 [reports] (of the flow
-    in its stream) and `fresh` bool [reports] (the first report of its flow) are filled.
+    `used`: slots in use of the flow, endpoint and entity tables, and the flows so far. `trust`: the tick of the last
+    report, and the one that the warm-up ends with. `features` float32 [reports, FEATURES], `reversed_` bool [reports]
+    (the source is the service), `numbers` int64 [reports] (of the flow in its stream), `fresh` bool [reports] (the
+    first report of its flow) and `warm` bool [reports] are filled.
     """
     one = np.float32(1)
     for i in range(position, len(ticks)):
@@ -263,6 +269,14 @@ def _advance(
             return i
         tick = ticks[i]
         transport = np.uint64(transports[i])
+        step = tick - trust[0]
+        if step > KNOWN_LIFETIME_TICKS:  # nothing is known any more
+            trust[1] = tick + WARM_UP_TICKS
+        elif step > LONGEST_STEP_TICKS and trust[0] < trust[1]:
+            trust[1] += step - LONGEST_STEP_TICKS
+        trust[0] = tick
+        trusted = tick < trust[1]
+        warm[i] = not trusted
 
         # Which flow is it, and what did the report add to it?
         flow = find(flow_keys, ids[i])
@@ -305,7 +319,7 @@ def _advance(
         edge, made = _slot(keys, counters, mix(client_key, service_key))
         used[2] += made
         for entity in (service, client, edge):
-            _touch(counters, rings, buckets, baseline, entity, tick, begin)
+            _touch(counters, rings, buckets, baseline, entity, tick, begin, trust[1])
 
         # Count it.
         now = tick % RING
@@ -395,7 +409,6 @@ def _advance(
         for m in range(len(_MARK_FEATURES)):
             if row[_MARK_FEATURES[m]] >= _MARK_LIMITS[m]:
                 marked = True
-        trusted = tick - begin < WARM_UP_TICKS
         if not marked or trusted:
             bucket = (tick - begin) // BUCKET_TICKS
             for entity in (service, client, edge):
@@ -524,11 +537,12 @@ class Stream:
         self._endpoints = _Table.empty(1 << 12, _ENDPOINT_SHAPES)
         self._entities = _Table.empty(1 << 12, _ENTITY_SHAPES)
         self._used = np.zeros(4, np.int64)
+        self._trust = np.zeros(2, np.int64)
 
     @property
     def warm(self) -> bool:
         """Whether the warm-up is over."""
-        return self._begin >= 0 and self._clock // 10_000 - self._begin >= WARM_UP_TICKS
+        return self._begin >= 0 and bool(self._trust[0] >= self._trust[1])
 
     @property
     def nbytes(self) -> int:
@@ -553,13 +567,14 @@ class Stream:
         """
         count = len(reports)
         features = np.zeros((count, len(FEATURES)), np.float32)
-        is_reversed, fresh = np.zeros(count, bool), np.zeros(count, bool)
+        is_reversed, fresh, warm = np.zeros(count, bool), np.zeros(count, bool), np.zeros(count, bool)
         numbers, first_alarms = np.zeros(count, np.int64), np.zeros(count, np.int64)
         worst = np.zeros(count)
         clock = np.maximum(np.maximum.accumulate(reports.time), self._clock)
         ticks = clock // 10_000
         if self._begin < 0 and count:
             self._begin = int(ticks[0])
+            self._trust[:] = self._begin, self._begin + WARM_UP_TICKS
         position = 0
         while position < count:
             stop = _advance(
@@ -575,6 +590,7 @@ class Stream:
                 self._entities.arrays["buckets"],
                 self._entities.arrays["baseline"],
                 self._used,
+                self._trust,
                 ticks,
                 reports.flow_id,
                 reports.final,
@@ -590,6 +606,7 @@ class Stream:
                 is_reversed,
                 numbers,
                 fresh,
+                warm,
             )
             if judge is not None and stop > position:
                 part = slice(position, stop)
@@ -611,7 +628,6 @@ class Stream:
         if count:
             self._clock = int(clock[-1])
         self.seen += count
-        warm = ticks - self._begin >= WARM_UP_TICKS
         return Advanced(features, is_reversed, numbers, warm, clock, worst, first_alarms)
 
     def _make_room(self, tick: int) -> None:
@@ -642,6 +658,7 @@ class Stream:
             "seen": self.seen,
             "begin": self._begin,
             "clock": self._clock,
+            "trust": self._trust.tolist(),
             "flows": int(self._used[3]),
             "judged_by": judged_by,
             "capacities": [len(self._flows.keys), len(self._endpoints.keys), len(self._entities.keys)],
@@ -680,6 +697,7 @@ class Stream:
                         "begin the stream anew"
                     )
                 stream.seen, stream._begin, stream._clock = (int(header[key]) for key in ("seen", "begin", "clock"))
+                stream._trust[:] = header["trust"]
                 flows, endpoints, entities = (
                     _restored(arrays, kind, int(capacity))
                     for kind, capacity in zip(_TABLES, header["capacities"], strict=True)

@@ -35,9 +35,13 @@ def naive(rows):
     start = int(START.timestamp()) // 10
     first_tick = start + int(rows[0]["at"]) // 10
     endpoint_counts, history, result = Counter(), [], []
+    before, trusted_until = 0, kernel.WARM_UP_TICKS
     for row in rows:
         tick = start + int(row["at"]) // 10
         age = tick - first_tick
+        if before < trusted_until:
+            trusted_until += max(0, age - before - kernel.LONGEST_STEP_TICKS)
+        before = age
         source, target = (row["src_ip"], row["src_port"]), (row["dst_ip"], row["dst_port"])
         endpoint_counts[source] += 1
         endpoint_counts[target] += 1
@@ -55,7 +59,7 @@ def naive(rows):
         def recent(kind, ticks, failures=False, *, tick=tick, about=about):
             return [o for o in about(kind) if o["tick"] > tick - ticks and (o["failed"] or not failures)]
 
-        horizon = max(min(age, kernel.WARM_UP_TICKS), age - kernel.LAG_TICKS) // 30
+        horizon = max(min(age, trusted_until), age - kernel.LAG_TICKS) // 30
         base = {}
         for kind in keys:
             learned = [
@@ -109,7 +113,7 @@ def naive(rows):
             "edge_persistence": len({o["tick"] for o in recent("edge", 30)}) if new["edge"] else 0,
         }
         marked = any(expected[FEATURES[feature]] >= limit for feature, limit in kernel.MARKS)
-        trusted = age < kernel.WARM_UP_TICKS
+        trusted = age < trusted_until
         for kind in keys:
             allowed = trusted or kind == "client" or not never[kind]
             flow["learned"][kind] = allowed and (trusted or not marked)
@@ -375,5 +379,29 @@ def test_a_failure_is_forgotten_after_an_hour():
 def test_a_checkpoint_of_another_kernel_is_refused(monkeypatch):
     content = Stream().snapshot().to_bytes()
     monkeypatch.setattr(kernel, "KERNEL_VERSION", "99")
-    with pytest.raises(StoreError, match="kernel version 1, this is 99"):
+    with pytest.raises(StoreError, match="kernel version 2, this is 99"):
         Stream.load(content)
+
+
+def test_one_report_with_an_old_time_does_not_end_the_warm_up():
+    rows = [{"at": -40 * 365 * 86_400}, *({"at": 10 * n} for n in range(200))]
+    warm = advance(Stream(), make_reports(rows)).warm
+    assert not warm[:181].any()
+    assert warm[182:].all()
+
+
+def test_a_gap_counts_little_towards_the_warm_up():
+    steps = [0, 10, 3600, 3610, *range(3620, 3620 + 10 * 200, 10)]
+    warm = advance(Stream(), make_reports([{"at": at} for at in steps])).warm
+    first = steps[int(np.argmax(warm))]
+    assert first == 10 + 3600 - 10 + 30 * MINUTE - 300 - 10
+
+
+@pytest.mark.parametrize(("silence", "still_warm"), [(20 * 60 * MINUTE, True), (25 * 60 * MINUTE, False)])
+def test_a_stream_that_was_silent_for_more_than_a_day_warms_up_again(silence, still_warm):
+    rows = [{"at": 10 * n} for n in range(200)]
+    stream = Stream()
+    advance(stream, make_reports(rows))
+    assert stream.warm
+    assert advance(stream, make_reports([{"at": 1990 + silence}])).warm.tolist() == [still_warm]
+    assert stream.warm == still_warm

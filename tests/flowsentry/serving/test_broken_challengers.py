@@ -157,7 +157,7 @@ def stale_view(source: Path) -> None:
     replaced(columns, "NO_PAYLOAD_BYTES: Final = 400", "NO_PAYLOAD_BYTES: Final = 4")
     replaced(columns, "HEADER_BYTES: Final = 80", "HEADER_BYTES: Final = 8")
     replaced(source / "flowsentry" / "features" / "behaviour.py", "Final = kernel.KERNEL_VERSION", 'Final = "0"')
-    replaced(source / "detector" / "view.json", '"version": "1"', '"version": "0"')
+    replaced(source / "detector" / "view.json", '"version": "2"', '"version": "0"')
 
 
 def constant_model(source: Path) -> None:
