@@ -1,4 +1,4 @@
-"""Run a program without a network, and say whom it wanted to reach."""
+"""Run a program without a network but this machine's own, and say whom it wanted to reach."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ def guard(event, arguments):
         return
     if isinstance(target, (str, bytes)) and event != "socket.getaddrinfo":
         return  # a Unix socket: a path on this machine
+    host = target[0] if isinstance(target, tuple) else target
+    if host in ("127.0.0.1", "::1", "localhost"):
+        return  # its own services
     with open(os.environ["TEST_NETWORK_LOG"], "a") as log:
         print(event, target, file=log)
     raise OSError(f"the network is cut off: {target}")
@@ -31,7 +34,7 @@ sys.addaudithook(guard)
 def run_offline(
     command: Sequence[str], *, scratch: Path, cwd: Path, environment: Mapping[str, str], timeout: float
 ) -> tuple[subprocess.CompletedProcess[str], list[str]]:
-    """Run a Python program, its children included, in which every connection fails.
+    """Run a Python program, its children included, in which every connection to elsewhere fails.
 
     Args:
         command: arguments of this Python.
@@ -41,7 +44,7 @@ def run_offline(
         timeout: in seconds.
 
     Returns:
-        The finished process, and everything it tried to reach.
+        The finished process, and whom it tried to reach elsewhere.
     """
     (scratch / "sitecustomize.py").write_text(_GUARD)
     log = scratch / "reached.txt"

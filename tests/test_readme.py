@@ -10,9 +10,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from flowsentry.serving.local import LocalDeployer
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -34,14 +37,25 @@ def commands(readme: str) -> list[object]:
     return found
 
 
+@pytest.fixture(scope="module")
+def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """Of one user who reads from top to bottom; whatever was deployed is stopped in the end."""
+    home = tmp_path_factory.mktemp("reader")
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("ZENML_", "MLFLOW_"))}
+    try:
+        yield kept | {
+            "HOME": str(home),
+            "ZENML_CONFIG_PATH": str(home / "zenml"),
+            "FLOWSENTRY_HOME": str(home / "flowsentry"),
+            "FLOWSENTRY_PORT": "0",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+        }
+    finally:
+        LocalDeployer(home / "flowsentry").stop()
+
+
 @pytest.mark.parametrize("command", commands(README))
-def test_a_command_of_the_readme_runs(command: str, tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if not name.startswith(("ZENML_", "MLFLOW_"))}
-    environment |= {
-        "HOME": str(tmp_path),
-        "ZENML_CONFIG_PATH": str(tmp_path / "zenml"),
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-    }
+def test_a_command_of_the_readme_runs(command: str, environment: dict[str, str]) -> None:
     done = subprocess.run(
         ["bash", "-c", command],
         check=False,
