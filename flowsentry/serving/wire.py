@@ -95,7 +95,24 @@ def _too_many(max_flows: int) -> Malformed:
     return Malformed("too_large", f"there are more than {max_flows} flows in the request")
 
 
+_MOST_OF_A_FLOW: Final = {"{": (2, "objects"), "[": (2, "lists"), ",": (24, "values")}
+"""What of JSON costs memory, and how many of each are allowed for every flow of the largest request."""
+_MOST_BESIDES: Final = 1000
+
+
+def _limit_values(body: bytes | memoryview, max_flows: int) -> None:
+    """Refuse a body whose values would take many times its length, before any of them is made."""
+    if len(body) <= 2 * max_flows + _MOST_BESIDES:
+        return
+    signs = np.frombuffer(body, np.uint8)
+    for sign, (share, things) in _MOST_OF_A_FLOW.items():
+        most = share * max_flows + _MOST_BESIDES
+        if np.count_nonzero(signs == ord(sign)) > most:
+            raise Malformed("too_large", f"there are more than {most} {things} in the request")
+
+
 def _json_flows(body: bytes | memoryview, max_flows: int) -> list[Any]:
+    _limit_values(body, max_flows)
     try:
         content = orjson.loads(body)
     except orjson.JSONDecodeError:
@@ -110,6 +127,7 @@ def _json_flows(body: bytes | memoryview, max_flows: int) -> list[Any]:
 
 def _ndjson_flows(body: bytes | memoryview, max_flows: int) -> list[Any]:
     """One value for every line that is not blank, None for one that is no JSON."""
+    _limit_values(body, max_flows)
     content = bytes(body)
     # As many blank lines are let pass, because splitting costs memory for each.
     if content.count(b"\n") > 2 * max_flows:

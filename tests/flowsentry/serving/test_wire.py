@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
+import tracemalloc
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -278,7 +279,7 @@ def test_final_and_packets_and_ports_may_be_left_out() -> None:
     "body",
     [
         b"", b" ", b"nonsense", b"[]", b"7", b"null", b'{"flows": {}}', b'{"flow": []}', b'{"flows": [NaN]}',
-        b'{"flows": [1e999]}', b"[" * 100_000, b'{"flows":' + b"[" * 100_000, b'{"flows": ["\xff"]}',
+        b'{"flows": [1e999]}', b"[" * 20_000, b'{"flows":' + b"[" * 20_000, b'{"flows": ["\xff"]}',
         b'{"flows": ["\\ud800"]}', b"\xef\xbb\xbf{}", b'{"flows": []} {}', "{}".encode("utf-16"),
     ],
 )  # fmt: skip
@@ -319,6 +320,36 @@ def test_as_many_flows_as_allowed_and_not_one_more(media_type: str) -> None:
     with pytest.raises(Malformed) as malformed:
         wire.parse(body, media_type, max_flows=4, now_ms=NOW_MS)
     assert malformed.value.code == "too_large"
+
+
+BOMBS = {
+    "objects": b"{},",
+    "lists": b"[],",
+    "numbers": b"999,",
+    "texts": b'"ab",',
+    "names": b'{"a":0,"b":0,"c":0},',
+}
+
+
+@pytest.mark.parametrize("kind", BOMBS)
+@pytest.mark.parametrize("media_type", [JSON, NDJSON])
+def test_many_values_are_refused_before_they_take_memory(media_type: str, kind: str) -> None:
+    values = (BOMBS[kind] * 500_000).rstrip(b",")
+    body = b'{"flows":[%s]}' % values if media_type == JSON else b"[%s]\n" % values
+    tracemalloc.start()
+    try:
+        with pytest.raises(Malformed, match="more than [0-9]+ (objects|lists|values) in the request") as malformed:
+            wire.parse(body, media_type, max_flows=1000, now_ms=NOW_MS)
+        assert tracemalloc.get_traced_memory()[1] < 2 * len(body)
+    finally:
+        tracemalloc.stop()
+    assert malformed.value.code == "too_large"
+
+
+@pytest.mark.parametrize("media_type", [JSON, NDJSON])
+def test_flows_may_have_as_many_other_keys_again(media_type: str) -> None:
+    given = [flow(flow_id=f"[{{{n}", tags=[], where={}, **{f"other {key}": "x" for key in range(9)}) for n in range(999)]
+    assert len(wire.parse(encode(media_type, given), media_type, max_flows=1000, now_ms=NOW_MS).flow_ids) == 999
 
 
 def test_a_flood_of_blank_lines_is_refused_before_it_is_split() -> None:
