@@ -105,6 +105,9 @@ class QualityGateSettings(Section):
     """A family with fewer is reported, not decided: a single flow would weigh more than `max_family_loss`."""
     resamples: int = Field(default=1000, ge=100, le=100_000)
     """Of the bootstrap that gives the 95% intervals."""
+    without_champion: bool = False
+    """Hold the challenger to the absolute bars alone where there is a champion that cannot be compared: of another
+    version of the view, or unknown to this ZenML store. Without it the gate then fails."""
 
 
 class ServiceGateSettings(Section):

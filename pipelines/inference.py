@@ -14,10 +14,10 @@ from flowsentry.errors import FlowSentryError
 from flowsentry.flows import sources
 from flowsentry.simulation import SimulationSettings
 from pipelines.summary import RunSummary, run_name, summarise
+from steps import stages
 from steps.code_digest import code_digest
 from steps.detect import detect
 from steps.load import load
-from steps.stages import stored_detector
 from steps.validate import validate
 
 
@@ -44,7 +44,8 @@ def run(config: InferenceConfig, *, cache: bool, model_version: str | None) -> R
     Args:
         config: what to do.
         cache: take the result of a step from an earlier run with the same inputs and the same code.
-        model_version: number of the version that judges; None: the champion.
+        model_version: number of the version that judges; None: the champion, or if nothing is deployed the version at
+            stage production.
 
     Returns:
         What the run found; if it failed with an error of ours, why, and the pages that it had made.
@@ -52,7 +53,8 @@ def run(config: InferenceConfig, *, cache: bool, model_version: str | None) -> R
     Raises:
         FlowSentryError: it could not begin, as there is no such model version, or its pages cannot be written.
     """
-    version, detector = stored_detector(model_version)
+    judge = stages.judge(model_version, stages.deployer().record())
+    print(f"model version {judge.model_version} judges: {judge.why}")
     data = [] if config.simulated else list(config.data)
     digests = sources.digests(data) if data else {}
     name = run_name("inference")
@@ -63,8 +65,8 @@ def run(config: InferenceConfig, *, cache: bool, model_version: str | None) -> R
             digests=digests,
             simulation=config.simulation,
             max_quarantine_share=config.validation.max_quarantine_share,
-            detector=str(detector.id),
-            model_version=version,
+            detector=str(judge.detector.id),
+            model_version=judge.model_version,
         )
     except FlowSentryError as error:
         return summarise(name, config.reports, error)

@@ -27,8 +27,9 @@ from flowsentry.learning.quality_gate import (
     seen,
 )
 from flowsentry.reporting.gates import gates_html
+from flowsentry.serving.deployer import Deployed
 from materializers import ModelMaterializer
-from steps.stages import deployer, version
+from steps import stages
 
 
 @step(
@@ -60,15 +61,15 @@ def quality_gate(
     Raises:
         GateFailed: it is not; the decision is stored all the same.
     """
-    record = deployer().record()
+    deployed = stages.deployer().record().champion
     shipped = replace(splits, folds=tuple(splits.of(FOLD)), parts=splits.parts[[FOLD]])
-    champion = record.champion.model_version if record.champion else None
-    scored, learned = _champion(champion, reports, flows)
+    scored, learned = _champion(deployed, reports, flows)
     decision = judge(
         flows,
         splits.rows(FOLD, "validation"),
         challenger=by_flow(detector.verdicts(reports, explained=False), flows, model_version),
         champion=scored,
+        champion_digest=deployed.digest if deployed else None,
         seen=learned,
         baselines=judge_baselines(features, flows, shipped, recipe),
         labels=recipe.labels,
@@ -86,20 +87,30 @@ def quality_gate(
 
 
 def _champion(
-    name: str | None, reports: pd.DataFrame, flows: pd.DataFrame
+    deployed: Deployed | None, reports: pd.DataFrame, flows: pd.DataFrame
 ) -> tuple[Scored | Unscored | None, np.ndarray | None]:
-    """The champion's scores of all flows, and which of them it has learned from."""
-    if name is None:
-        return None, None
-    stored = version(name)
+    """The champion's scores of all flows, and which of them it has learned from.
+
+    Where nothing is deployed the champion is the version at stage production: a lost home of the deployer does not
+    lower the bar.
+    """
+    stored = stages.version(deployed) if deployed else stages.staged()
     if stored is None:
-        return Unscored(name, "this ZenML store does not know it"), None
+        if deployed is None:
+            return None, None
+        return Unscored(
+            deployed.model_version,
+            f"this ZenML store does not know its bundle {deployed.digest[:12]}; train in the store that it came from, "
+            "or go back to the version before it with python run.py --rollback",
+        ), None
+    name = str(stored.name)
     detector, learned = (stored.get_artifact(artifact) for artifact in ("detector", "exposure"))
-    if detector is None or learned is None:
-        return Unscored(name, "its detector or the list of flows that it has learned from is missing"), None
+    if detector is None:
+        return Unscored(name, "its detector is missing in ZenML"), None
     try:
         champion: Detector = detector.load()
-        exposure: Exposure = learned.load()
-    except StoreError as error:
+        exposure: Exposure | None = learned.load() if learned else None
+    except (StoreError, OSError) as error:
         return Unscored(name, str(error)), None
-    return by_flow(champion.verdicts(reports, explained=False), flows, name), seen(flows, exposure)
+    scored = by_flow(champion.verdicts(reports, explained=False), flows, name)
+    return scored, seen(flows, exposure) if exposure else None

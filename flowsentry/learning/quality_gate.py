@@ -1,8 +1,9 @@
 """The quality gate: may a challenger take the champion's place, by flows that neither of them has learned from.
 
 The flows are the challenger's untouched validation part without every exchange that the champion was fitted or
-calibrated on; training records those flows as an `Exposure`. Where nothing can be compared, the challenger is held to
-absolute bars, and the decision says so. Every rule that was applied is a line of the decision.
+calibrated on; training records those flows as an `Exposure`. Without a champion, or with too few such flows, the
+challenger is held to absolute bars, and the decision says so. A champion that cannot be compared fails the gate, unless
+the settings ask for the absolute bars. Every rule that was applied is a line of the decision.
 """
 
 from __future__ import annotations
@@ -96,6 +97,8 @@ class QualityDecision(Frozen):
     reason: str
     basis: Literal["champion", "absolute bars"]
     basis_reason: str
+    champion_digest: str | None
+    """Of the bundle in production as the challenger was judged, which may replace no other; None: nothing was."""
     metric: Metric
     labels: Labels
     benign: int
@@ -152,10 +155,11 @@ class Scored:
 
 @dataclass(frozen=True)
 class Unscored:
-    """A champion that this code cannot score."""
+    """A champion that cannot be scored here."""
 
     version: str
     reason: str
+    """With what to do about it."""
 
 
 def fingerprints(flows: pd.DataFrame) -> np.ndarray:
@@ -240,6 +244,7 @@ def judge(
     *,
     challenger: Scored,
     champion: Scored | Unscored | None,
+    champion_digest: str | None = None,
     seen: Bools | None,
     baselines: Mapping[str, tuple[FittedBaseline, pd.DataFrame]],
     labels: Labels,
@@ -256,6 +261,7 @@ def judge(
         validation: flow numbers of the challenger's validation part.
         challenger: its scores of all flows.
         champion: the champion's, or why there are none; None: there is no champion.
+        champion_digest: of its bundle; None: it is not deployed, only stored as the version in production.
         seen: bool [flows], what the champion has learned from; None: not known.
         baselines: fitted baselines with their scores, as `candidates.judge_baselines` gives them; the fold `random`
             counts.
@@ -271,7 +277,7 @@ def judge(
     if int(part.sum()) != len(validation):
         raise ValueError("the validation part has flows that the flow table does not have")
     whole = part & known
-    basis_reason, shared = _basis(champion, seen, whole, malicious, settings)
+    outcome, basis_reason, shared = _basis(champion, champion_digest, seen, whole, malicious, settings)
     judged = np.flatnonzero(shared if shared is not None else whole)
     compared = champion if isinstance(champion, Scored) and shared is not None else None
     rows = _Rows(flows, judged, malicious[judged], family[judged], settings, seed)
@@ -279,8 +285,9 @@ def judge(
     beside = tuple(_baseline(name, given, rows, flows) for name, given in baselines.items())
     rules = [_classes(rows)]
     if compared is None or theirs is None or difference is None:
-        rules.append(Rule(name="champion", outcome="not decided", words=basis_reason, figures={}))
+        rules.append(Rule(name="champion", outcome=outcome, words=basis_reason, figures={}))
         rules.append(_metric_bar(mine, settings))
+        rules += [_family_told(name, of_family) for name, of_family in mine.families.items()]
         rules.append(_fpr_bar(mine, settings))
     else:
         rules.append(_not_worse(mine, theirs, difference, settings))
@@ -294,6 +301,7 @@ def judge(
         reason="; ".join(f"{rule.name}: {rule.words}" for rule in failed) or f"good enough: {basis_reason}",
         basis="absolute bars" if compared is None else "champion",
         basis_reason=basis_reason,
+        champion_digest=champion_digest,
         metric=settings.metric,
         labels=labels,
         benign=int((~rows.malicious).sum()),
@@ -319,25 +327,32 @@ def _mixed(keys: np.ndarray, more: np.ndarray) -> np.ndarray:
 
 def _basis(
     champion: Scored | Unscored | None,
+    champion_digest: str | None,
     seen: Bools | None,
     whole: Bools,
     malicious: Bools,
     settings: QualityGateSettings,
-) -> tuple[str, Bools | None]:
-    """What the challenger is held to, in words, and the flows of a comparison if there is one."""
+) -> tuple[Outcome, str, Bools | None]:
+    """Whether a comparison is possible, what the challenger is held to, and the flows of the comparison."""
     bars = "the challenger is held to the absolute bars"
     if champion is None:
-        return f"there is no champion yet; {bars}", None
-    if isinstance(champion, Unscored):
-        return f"the champion {champion.version} cannot be scored ({champion.reason}); {bars}", None
-    if seen is None:
-        return f"what the champion {champion.version} has learned from is not recorded; {bars}", None
+        return "not decided", f"there is no champion yet; {bars}", None
+    name = f"the champion {champion.version}"
+    if champion_digest is None:
+        name = f"version {champion.version}, at stage production in ZenML although nothing is deployed"
+    if isinstance(champion, Unscored) or seen is None:
+        why = champion.reason if isinstance(champion, Unscored) else "what it has learned from is not recorded"
+        words = f"{name} cannot be compared: {why}"
+        if settings.without_champion:
+            return "not decided", f"{words}; {bars} alone, as quality_gate.without_champion asks", None
+        way_out = "quality_gate.without_champion: true would hold the challenger to the absolute bars alone"
+        return "failed", f"{words}; {way_out}", None
     shared = whole & ~seen
     benign, attacks = int((shared & ~malicious).sum()), int((shared & malicious).sum())
     numbers = f"{benign:,} benign and {attacks:,} malicious validation flows are new to both models"
     if min(benign, attacks) < settings.min_flows:
-        return f"only {numbers}, fewer than {settings.min_flows:,} of a class; {bars}", None
-    return f"compared with the champion {champion.version}: {numbers}", shared
+        return "not decided", f"only {numbers}, fewer than {settings.min_flows:,} of a class; {bars}", None
+    return "passed", f"compared with {name}: {numbers}", shared
 
 
 class _Rows:
@@ -515,7 +530,9 @@ def _not_worse(mine: Scores, theirs: Scores, difference: Difference, settings: Q
     return Rule(
         name=f"{_name(settings.metric)} not worse",
         outcome=_loses(difference.metric, settings.max_loss),
-        words=_against(_name(settings.metric), mine.metric, theirs.metric, difference.metric, settings.max_loss),
+        words=_against(
+            _name(settings.metric), mine.metric, theirs.metric, difference.metric, settings.max_loss, "max_loss"
+        ),
         figures=_compared(mine.metric, theirs.metric, difference.metric),
     )
 
@@ -525,16 +542,27 @@ def _family_rule(
 ) -> Rule:
     flows, recall = mine.families[name].flows, mine.families[name].recall
     other, gain = theirs.families[name].recall, difference.families[name]
-    words = _against("recall", recall, other, gain, settings.max_family_loss)
     outcome = _loses(gain, settings.max_family_loss)
+    words = _against("recall", recall, other, gain, settings.max_family_loss, "max_family_loss")
     if flows < settings.min_family_flows:
         outcome = "not decided"
+        words = _difference("recall", recall, other, gain)
         words += f"; not decided: {flows:,} flows are fewer than {settings.min_family_flows:,}"
     return Rule(
         name=f"family {name} not worse",
         outcome=outcome,
         words=words,
         figures={**_compared(recall, other, gain), "flows": flows},
+    )
+
+
+def _family_told(name: str, family: FamilyFigure) -> Rule:
+    """What is found of a family where there is nothing to compare with."""
+    return Rule(
+        name=f"family {name}",
+        outcome="not decided",
+        words=f"recall {_told(family.recall)} of {family.flows:,} flows, with nothing to compare with",
+        figures={**_figures("challenger", family.recall), "flows": family.flows},
     )
 
 
@@ -568,11 +596,19 @@ def _loses(difference: Figure, most: float) -> Outcome:
     return "failed" if difference.value < -most - _ROUNDING or difference.high < 0 else "passed"
 
 
-def _against(what: str, mine: Figure, theirs: Figure, difference: Figure, most: float) -> str:
-    return (
-        f"{what} {_told(mine)} against {_told(theirs)}: difference {_told(difference, sign=True)}, "
-        f"at most {most:g} lower is allowed, but not an interval below 0"
-    )
+def _against(what: str, mine: Figure, theirs: Figure, difference: Figure, most: float, key: str) -> str:
+    words = f"{_difference(what, mine, theirs, difference)}, at most {most:g} lower is allowed, "
+    words += "but not an interval below 0"
+    if difference.high is not None and difference.high >= 0 and _loses(difference, most) == "failed":
+        words += (
+            "; the interval reaches 0, so these are too few flows to tell a loss from chance: "
+            f"give more data, or a wider quality_gate.{key}"
+        )
+    return words
+
+
+def _difference(what: str, mine: Figure, theirs: Figure, difference: Figure) -> str:
+    return f"{what} {_told(mine)} against {_told(theirs)}: difference {_told(difference, sign=True)}"
 
 
 def _compared(mine: Figure, theirs: Figure, difference: Figure) -> dict[str, float | None]:

@@ -109,6 +109,23 @@ def test_a_small_loss_that_is_no_chance_fails_too(flows: pd.DataFrame) -> None:
     assert many.difference.metric.high < 0
 
 
+def test_a_loss_that_may_be_chance_fails_and_the_words_say_that_there_were_too_few_flows(flows: pd.DataFrame) -> None:
+    """Three of 25 exchanges: more than is tolerated, but a draw of as many flows may show none."""
+    few = np.r_[:BENIGN, BENIGN : BENIGN + 50]
+    challenger, champion = flagging(flows, missed=8), flagging(flows, missed=4)
+    challenger[BENIGN + 40 : BENIGN + 42] = champion[BENIGN + 42 : BENIGN + 44] = False
+    decision = decide(flows, challenger, champion, validation=few)
+    loss = decision.difference.metric
+    assert (loss.value, decision.difference.metric.high >= 0) == (pytest.approx(-0.08), True)
+    for name, key in (("recall not worse", "max_loss"), ("family flood not worse", "max_family_loss")):
+        assert rule(decision, name).outcome == "failed"
+        assert "too few flows to tell a loss from chance" in rule(decision, name).words
+        assert f"more data, or a wider quality_gate.{key}" in rule(decision, name).words
+    clear = decide(flows, flagging(flows, missed=30), champion)
+    assert rule(clear, "recall not worse").outcome == "failed"
+    assert "too few" not in clear.reason
+
+
 def test_one_lost_family_fails_although_the_whole_is_better(flows: pd.DataFrame) -> None:
     challenger = flagging(flows, missed=8, family="shell")
     champion = flagging(flows, missed=40)
@@ -180,20 +197,47 @@ def test_too_few_new_flows_mean_the_absolute_bars_on_the_whole_validation_part(f
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"champion": None}, "there is no champion yet"),
-        ({"champion": Unscored("1", "its view is behaviour 1")}, "cannot be scored (its view is behaviour 1)"),
-        ({"seen": None}, "what the champion 1 has learned from is not recorded"),
+        ({"champion": Unscored("1", "its view is behaviour 1")}, "the champion 1 cannot be compared: its view is"),
+        ({"seen": None}, "the champion 1 cannot be compared: what it has learned from is not recorded"),
     ],
 )
-def test_without_a_comparable_champion_the_absolute_bars_decide_and_it_is_said(
+def test_a_champion_that_cannot_be_compared_fails_the_gate_unless_the_settings_ask_for_the_absolute_bars(
     flows: pd.DataFrame, changed: dict[str, Any], said: str
 ) -> None:
-    decision = decide(flows, flagging(flows), flagging(flows), **changed)
+    given = {"champion_digest": "c" * 64} | changed
+    decision = decide(flows, flagging(flows), flagging(flows), **given)
+    assert [one.name for one in decision.rules if one.outcome == "failed"] == ["champion"]
+    assert not decision.passed
+    for words in (said, "quality_gate.without_champion: true"):
+        assert words in decision.reason
+    without = QualityGateSettings(without_champion=True)
+    asked = decide(flows, flagging(flows), flagging(flows), settings=without, **given)
+    assert asked.passed
+    assert rule(asked, "champion").outcome == "not decided"
+    assert said in asked.reason
+    assert "held to the absolute bars alone, as quality_gate.without_champion asks" in asked.reason
+    assert asked.champion_digest == decision.champion_digest == "c" * 64
+    assert not decide(flows, flagging(flows, missed=100), flagging(flows), settings=without, **given).passed
+
+
+def test_without_any_champion_the_absolute_bars_decide_and_families_are_told(flows: pd.DataFrame) -> None:
+    decision = decide(flows, flagging(flows, missed=25), None)
     assert decision.passed
-    assert said in decision.basis_reason
-    assert rule(decision, "champion").outcome == "not decided"
-    assert said in rule(decision, "champion").words
+    assert decision.champion_digest is None
+    assert "there is no champion yet" in decision.basis_reason
+    assert rule(decision, "champion").outcome == rule(decision, "family flood").outcome == "not decided"
+    assert rule(decision, "family flood").words.startswith("recall 0.7500")
+    assert rule(decision, "family flood").figures["flows"] == 100
     assert not decide(flows, flagging(flows, missed=100), None, settings=QualityGateSettings(min_metric=0.5)).passed
+
+
+def test_a_stored_champion_that_nothing_serves_is_compared_with_and_it_is_said(flows: pd.DataFrame) -> None:
+    deployed = decide(flows, flagging(flows), flagging(flows), champion_digest="c" * 64)
+    stored = decide(flows, flagging(flows), flagging(flows))
+    assert deployed.basis_reason.startswith("compared with the champion 1: ")
+    assert stored.basis == deployed.basis == "champion"
+    assert "version 1, at stage production in ZenML although nothing is deployed" in stored.basis_reason
+    assert not decide(flows, flagging(flows, missed=10), flagging(flows)).passed
 
 
 def test_a_baseline_without_identity_must_be_beaten_on_the_same_flows(flows: pd.DataFrame) -> None:

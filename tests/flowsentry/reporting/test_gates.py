@@ -36,7 +36,8 @@ def quality() -> QualityDecision:
         passed=True,
         reason="good enough",
         basis="champion",
-        basis_reason="compared with the champion 6",
+        basis_reason="compared with the champion 6 of ZenML",
+        champion_digest="cd" * 32,
         metric="recall",
         labels="corrected",
         benign=10,
@@ -96,7 +97,7 @@ def test_the_page_tells_both_decisions_with_their_figures(quality: QualityDecisi
     for said in (
         "model version 7", "It may not take the champion", "same scores: 1 of 100 verdicts differ",
         "91.23", "93.23", "-2.00", "1,234", "Best single column", "31.5 ms", ".csv:17", "label, score", "3 of 4",
-        "last line",
+        "last line", "Compared with the champion 6 of ZenML",
     ):  # fmt: skip
         assert said in page
     assert page.count('<span class="tag">failed</span>') == 1
