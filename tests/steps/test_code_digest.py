@@ -47,12 +47,13 @@ def test_other_locked_requirements_or_another_python_change_it(
     digest_of: Callable[[], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digests = {digest_of()}
-    for content in ("pandas==2.3.0", "pandas==2.3.1"):
-        (tmp_path / "requirements" / "runtime.txt").write_text(content)
-        digests.add(digest_of())
+    for lock in ("runtime.txt", "serving.txt"):  # the second goes into every bundle
+        for content in ("pandas==2.3.0", "pandas==2.3.1"):
+            (tmp_path / "requirements" / lock).write_text(content)
+            digests.add(digest_of())
     monkeypatch.setattr("platform.python_version", lambda: "3.99.0")
     digests.add(digest_of())
-    assert len(digests) == 4
+    assert len(digests) == 6
 
 
 @pytest.mark.parametrize("file", ["tests/code.py", "README.md", "flowsentry/__pycache__/code.cpython-311.pyc"])
