@@ -55,7 +55,7 @@ def train(
         for family in families
     ]
     evaluation, _ = evaluate(candidates, features, flows, splits, recipe, rows)
-    selection, detector, exposure, _, _ = select(evaluation, candidates, flows, splits, recipe, selecting)
+    selection, detector, exposure, _ = select(evaluation, candidates, flows, splits, recipe, selecting)
     version = register(detector, exposure, selection)
     if deploying:
         decision = quality_gate(detector, version, valid_reports, flows, features, splits, recipe, quality)

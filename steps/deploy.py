@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Annotated
 
 import pandas as pd
@@ -10,7 +12,7 @@ from zenml.types import HTMLString
 
 from flowsentry.config import ServiceGateSettings
 from flowsentry.detector import Detector
-from flowsentry.errors import GateFailed
+from flowsentry.errors import FlowSentryError, GateFailed
 from flowsentry.features.splits import Splits
 from flowsentry.learning.quality_gate import FOLD, QualityDecision
 from flowsentry.reporting.gates import gates_html
@@ -54,7 +56,7 @@ def deploy(
         The decision, the champion's stable address, and both gates as a page.
 
     Raises:
-        DeployError: the challenger did not start; the champion serves as before.
+        DeployError: the challenger did not start, or could not be made the champion; the champion serves as before.
         GateFailed: its service is not what was tested; it is stopped, the champion serves as before.
     """
     where = deployer()
@@ -90,13 +92,22 @@ def deploy(
         )
     page = HTMLString(gates_html(quality_decision, decision))
     log_metadata({"passed": decision.passed, "reason": decision.reason})
-    if not decision.passed:
-        # A failed step has no outputs.
-        save_artifact(decision, "service_decision", materializer=ModelMaterializer)
-        save_artifact(page, "gates_page")
-        raise GateFailed(f"the service of model version {model_version} is not what was tested: {decision.reason}")
-    record = where.record() if is_champion else where.promote()
-    keep_equal(record)
-    address = where.endpoint().url
+    with _kept(decision, page):
+        if not decision.passed:
+            raise GateFailed(f"the service of model version {model_version} is not what was tested: {decision.reason}")
+        record = where.record() if is_champion else where.promote(bundle.digest, quality_decision.champion_digest)
+        keep_equal(record)
+        address = where.endpoint().url
     print(f"model version {model_version} is the champion at {address}")
     return decision, address, page
+
+
+@contextmanager
+def _kept(decision: ServiceDecision, page: HTMLString) -> Iterator[None]:
+    """Store decision and page also of a step that fails, which has no outputs."""
+    try:
+        yield
+    except FlowSentryError:
+        save_artifact(decision, "service_decision", materializer=ModelMaterializer)
+        save_artifact(page, "gates_page")
+        raise

@@ -12,14 +12,13 @@ from flowsentry.config import SelectSettings
 from flowsentry.detector import Detector
 from flowsentry.errors import NothingSelected
 from flowsentry.features.splits import Splits
-from flowsentry.flows.schema import BENIGN, MALICIOUS
 from flowsentry.learning.candidates import Candidate, Recipe
 from flowsentry.learning.quality_gate import Exposure, exposure
 from flowsentry.learning.selection import Selection, choose
 from flowsentry.reporting.evaluation import validation_scores
 from flowsentry.reporting.model_card import model_card, model_card_html
 from flowsentry.reporting.results import Evaluation
-from materializers import DetectorMaterializer, ExposureMaterializer, ModelMaterializer, TableMaterializer
+from materializers import DetectorMaterializer, ExposureMaterializer, ModelMaterializer
 
 
 @step(
@@ -27,7 +26,6 @@ from materializers import DetectorMaterializer, ExposureMaterializer, ModelMater
         "selection": ModelMaterializer,
         "detector": DetectorMaterializer,
         "exposure": ExposureMaterializer,
-        "validation_verdicts": TableMaterializer,
     }
 )
 def select(
@@ -41,7 +39,6 @@ def select(
     Annotated[Selection, "selection"],
     Annotated[Detector, "detector"],
     Annotated[Exposure, "exposure"],
-    Annotated[pd.DataFrame, "validation_verdicts"],
     Annotated[HTMLString, "model_card"],
 ]:
     """Choose by the configured metric and protocol; nothing ships that does not beat the identity-free baselines.
@@ -55,8 +52,7 @@ def select(
         settings: which score under which protocol decides.
 
     Returns:
-        The decision; the detector with its model card; the flows that it has learned from; its verdicts on the
-        untouched validation split; the card as a page.
+        The decision; the detector with its model card; the flows that it has learned from; the card as a page.
 
     Raises:
         NothingSelected: no candidate is good enough.
@@ -82,10 +78,9 @@ def select(
         target_fpr=recipe.target_fpr,
         validation=validation_scores(flows, splits, {candidate.family: candidate.scores})[candidate.family],
     )
-    verdicts = _validation_verdicts(candidate, flows, splits)
     print(f"selected: {selection.reason}")
     learned = exposure(flows, splits)
-    return selection, candidate.detector.with_card(card), learned, verdicts, HTMLString(model_card_html(card))
+    return selection, candidate.detector.with_card(card), learned, HTMLString(model_card_html(card))
 
 
 def scores(selection: Selection) -> dict[str, Any]:
@@ -94,14 +89,3 @@ def scores(selection: Selection) -> dict[str, Any]:
         ranked.name: {key: value for key, value in ranked.model_dump().items() if value is not None}
         for ranked in selection.ranking
     }
-
-
-def _validation_verdicts(candidate: Candidate, flows: pd.DataFrame, splits: Splits) -> pd.DataFrame:
-    """What the detector says of the validation flows: place of the flow's last report, truth, score and label."""
-    validation = splits.rows("random", "validation")
-    random = candidate.scores[candidate.scores["fold"] == "random"].set_index("flow").loc[validation]
-    columns = [c for c in ("recording", "file", "row", "flow_id", "label", "corrected", "family") if c in flows]
-    verdicts = flows.loc[validation, columns].reset_index(names="flow")
-    verdicts["anomaly_score"] = random["score"].to_numpy()
-    verdicts["verdict"] = pd.Series(random["flagged"].to_numpy()).map({True: MALICIOUS, False: BENIGN})
-    return verdicts
