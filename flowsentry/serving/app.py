@@ -17,6 +17,7 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, MutableMapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -49,6 +50,8 @@ INLINE_BYTES: Final = 32 << 10
 THREADS: Final = 4
 _IGNORED_BYTES: Final = 64 << 10
 """A longer body that is not wanted ends the connection instead of being read."""
+LONG_BYTES: Final = 1 << 20
+"""Of longer bodies one is answered at a time: each may take many times its length in memory, and seconds."""
 _BODIES_AT_ONCE: Final = 8
 """Longest bodies that may be in memory at the same time; what comes beyond is told to come again."""
 _STREAM: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
@@ -178,6 +181,7 @@ class App:
         self._token = None if settings.token is None else b"bearer " + settings.token.encode()
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="requests")
         self._held = 0
+        self._long = asyncio.Semaphore()
         self._quiet: dict[tuple[str, int], tuple[float, int]] = {}
         described = model.described()
         self._routes = {
@@ -255,7 +259,8 @@ class App:
         if len(body) <= INLINE_BYTES and self._is_at_hand(query):
             batch, taken = self._take(*task)
         else:
-            batch, taken = await self._in_thread(self._take, *task)
+            async with self._long if len(body) > LONG_BYTES else nullcontext():
+                batch, taken = await self._in_thread(self._take, *task)
         request.flows, request.rejected = batch.count, len(batch.rejected)
         if taken is None:
             self.metrics.refused(batch.rejected)

@@ -19,7 +19,7 @@ import uvicorn
 
 from flowsentry.detector import Detector
 from flowsentry.errors import StoreError
-from flowsentry.serving.app import App, Model, Receive, Scope, Send, rehearse
+from flowsentry.serving.app import LONG_BYTES, App, Model, Receive, Scope, Send, rehearse
 from flowsentry.serving.settings import Settings
 from flowsentry.serving.store import FolderStore, Store
 from flowsentry.serving.streams import Limits, Streams
@@ -385,6 +385,29 @@ def test_a_stream_answers_one_request_at_a_time_and_others_go_on(gated: tuple[Li
     first.join()
     assert [a.status for a in answers] == [200]
     assert service.send("stream=slow&seen=1", flow(1)).status == 200
+
+
+def test_of_long_bodies_one_is_answered_at_a_time_and_short_ones_go_on(gated: tuple[Live, _Gated]) -> None:
+    service, store = gated
+    answers: dict[str, int] = {}
+
+    def send_long(stream: str) -> None:
+        body = json.dumps({"flows": [flow(0)]}).encode() + b" " * LONG_BYTES
+        answers[stream] = service.ask("POST", f"/v1/verdicts?stream={stream}", body).status
+
+    threads = [threading.Thread(target=send_long, args=(stream,)) for stream in ("slow", "next")]
+    threads[0].start()
+    assert store.asked.wait(5)
+    threads[1].start()
+    for number in range(20):
+        assert service.send("stream=short", flow(number)).status == 200
+        time.sleep(0.01)
+    assert answers == {}
+    store.opened.set()
+    for thread in threads:
+        thread.join()
+    assert answers == {"slow": 200, "next": 200}
+    assert service.app._held == 0
 
 
 def test_a_store_that_does_not_answer_is_no_fault_of_the_request(gated: tuple[Live, _Gated]) -> None:
