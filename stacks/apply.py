@@ -65,7 +65,7 @@ class StackFile(Section):
 
 def known() -> tuple[str, ...]:
     """Names of the stacks that have a file, sorted."""
-    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml")))
+    return tuple(sorted(path.stem for path in FOLDER.glob("*.yaml") if not path.name.startswith("site.")))
 
 
 def path_of(name: str) -> Path:
