@@ -45,6 +45,10 @@ train: setup ## Train on simulated flows, on this machine; nothing to configure
 test: check ## Check the code, then run all tests
 	@$(RUN) -m pytest
 
+.PHONY: test-cluster
+test-cluster: setup ## Run the tests that need a Kubernetes: KUBECONFIG, TEST_REGISTRY, TEST_HOST
+	@$(RUN) -m pytest -q -m cluster
+
 .PHONY: check
 check: setup ## Lint, formatting, types
 	@$(RUN) -m ruff check $(SOURCES)

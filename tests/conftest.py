@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -34,6 +35,25 @@ def real_flows() -> Path:
 def may_sample() -> Path:
     """100 unmodified records of May 2021 of the AssureMOSS dataset."""
     return _real_data_file("elastic_may2021_sample.csv")
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A Kubernetes to test on."""
+
+    registry: str
+    """That its nodes pull from and this machine pushes to."""
+    host: str
+    """Address of this machine that works in pods too."""
+
+
+@pytest.fixture(scope="session")
+def cluster() -> Cluster:
+    """The Kubernetes of KUBECONFIG."""
+    missing = [name for name in ("KUBECONFIG", "TEST_REGISTRY", "TEST_HOST") if not os.environ.get(name)]
+    if missing:
+        pytest.skip(f"no Kubernetes to test on: {', '.join(missing)} not set")
+    return Cluster(os.environ["TEST_REGISTRY"], os.environ["TEST_HOST"])
 
 
 @pytest.fixture(scope="session")
