@@ -3,7 +3,8 @@
 No HTTP here. Everything is synchronous and may be called from several threads. `Streams.take` on a stream that
 `Streams.is_open` waits for nothing and touches no store, unless the client's position differs from the service's.
 `status` of a stream that is not open, `take` with `anew`, `forget`, `release`, `checkpoint` and `close` may touch the
-store too: an event loop runs them in a thread.
+store too: an event loop runs them in a thread. A request whose stream the service is just dropping waits a moment for
+the end of that.
 
 A checkpoint holds the stream's state, the number of flows that it has seen, and the answer to its last request, so
 that a request whose answer was lost is answered again after a restart. Two services that serve one stream from one
@@ -34,6 +35,10 @@ _log: Final = logging.getLogger(__name__)
 _MAGIC: Final = b"flowsentry stream 1\n"
 _DIGEST_BYTES: Final = hashlib.sha256().digest_size
 _MOST_HEADER_BYTES: Final = 4096
+_MOST_ANSWER_BYTES: Final = 1 << 29
+_MOST_SEEN: Final = 1 << 62
+_LEAVING_SECONDS: Final = 1.0
+"""How long a request waits while the service itself writes and drops its stream."""
 _RELEASE_SECONDS: Final = 5.0
 _REST: Final = 3.0
 """How many times the duration of a checkpoint the writer then rests: at most a quarter of a core goes into them."""
@@ -113,9 +118,11 @@ class _Last:
     digest: str
     """Hex; covers all that shapes the answer."""
     answer: bytes
+    detector: str
+    """Digest of the one that judged."""
 
-    def is_same(self, seen: int | None, count: int, digest: str) -> bool:
-        return (self.seen, self.count, self.digest) == (seen, count, digest)
+    def is_same(self, seen: int | None, count: int, digest: str, detector: str) -> bool:
+        return (self.seen, self.count, self.digest, self.detector) == (seen, count, digest, detector)
 
 
 @dataclass(eq=False)
@@ -136,6 +143,8 @@ class _Stream:
     ready: bool = False
     """Opened: what was stored has been read."""
     busy: bool = True
+    leaving: bool = False
+    """Busy because the service writes it to drop it."""
     gone: bool = False
     """No longer to be used, nor written."""
     state: threading.Lock = field(default_factory=threading.Lock)
@@ -182,9 +191,9 @@ class Streams:
             return sum(stream.nbytes for stream in self._streams.values())
 
     def is_open(self, name: str) -> bool:
-        """Whether `take` can answer from memory at once: the stream is open and not being copied."""
+        """Whether `take` can answer from memory at once: the stream is open, not being copied and not being dropped."""
         stream = self._streams.get(name)
-        return stream is not None and stream.ready and not stream.state.locked()
+        return stream is not None and stream.ready and not stream.leaving and not stream.state.locked()
 
     def take(
         self,
@@ -253,7 +262,7 @@ class Streams:
             StoreError: the checkpoint cannot be removed; the stream is as before.
         """
         with self._guard:
-            stream = self._streams.get(name)
+            stream = self._when_dropped(name)
             if stream is None:
                 stream = self._streams[name] = self._new(name)
             elif stream.busy:
@@ -286,7 +295,7 @@ class Streams:
                     continue
                 if stream.gone:
                     continue
-                stream.busy = True
+                stream.busy = stream.leaving = True
             if self._write_and_drop(stream):
                 released += 1
         return released
@@ -301,7 +310,7 @@ class Streams:
     def _enter(self, name: str) -> _Stream:
         """The stream, open and marked busy."""
         with self._guard:
-            stream = self._streams.get(name)
+            stream = self._when_dropped(name)
             if stream is not None:
                 if stream.busy:
                     raise StreamBusy(_BUSY)
@@ -320,6 +329,16 @@ class Streams:
             raise
         return stream
 
+    def _when_dropped(self, name: str) -> _Stream | None:
+        """The stream, or none, once the service itself no longer writes it to drop it; the caller has the guard."""
+
+        def is_over() -> bool:
+            stream = self._streams.get(name)
+            return stream is None or not stream.leaving
+
+        self._guard.wait_for(is_over, _LEAVING_SECONDS)
+        return self._streams.get(name)
+
     def _new(self, name: str) -> _Stream:
         watch = self._detector.watch()
         return _Stream(name, watch, nbytes=watch.nbytes)
@@ -327,7 +346,7 @@ class Streams:
     def _leave(self, stream: _Stream) -> None:
         is_due = False
         with self._guard:
-            stream.busy = False
+            stream.busy = stream.leaving = False
             if stream.gone:
                 if self._streams.get(stream.name) is stream:
                     del self._streams[stream.name]
@@ -345,9 +364,14 @@ class Streams:
                 del self._streams[stream.name]
 
     def _is_repeated(self, stream: _Stream, seen: int | None, count: int, key: str, *, anew: bool) -> bool:
-        """Whether this is the last request again; if not, whether it may be taken (raises SeenMismatch)."""
+        """Whether this is the last request again; if not, whether it may be taken (raises SeenMismatch).
+
+        Whoever begins a stream anew after a switch wants the new detector's verdicts; an answer that was lost across
+        the switch is still the first one.
+        """
         for is_fresh in (False, True):
-            if stream.last is not None and stream.last.is_same(seen, count, key):
+            last = stream.last
+            if last is not None and last.is_same(seen, count, key, self._detector.digest if anew else last.detector):
                 return True
             if anew or seen is None or seen == stream.seen:
                 return False
@@ -391,7 +415,7 @@ class Streams:
         stream.watch.stream.seen = stream.seen
         answer = render(Position(stream.name, stream.seen, stream.durable, stream.watch.warm), judged)
         if batch.count:
-            stream.last = _Last(before, batch.count, key, answer)
+            stream.last = _Last(before, batch.count, key, answer, self._detector.digest)
             self._changed(stream)
         if absorb:
             self.counters.resent_flows += batch.count
@@ -416,7 +440,7 @@ class Streams:
                 oldest = next((s for s in idle if s.saved == s.changes or not is_failing), None)
                 if oldest is None:
                     raise TooManyStreams("no further stream can be opened now: try again later")
-                oldest.busy = True
+                oldest.busy = oldest.leaving = True
             if self._write_and_drop(oldest):
                 self.counters.evictions += 1
             else:
@@ -548,10 +572,11 @@ _BUSY: Final = "another request of this stream is being answered"
 def _pack(header: dict[str, Any], state: bytes, last: _Last | None) -> bytes:
     """A checkpoint: magic, SHA-256 of the rest, length of the header, header (JSON), state, answer."""
     answer = zlib.compress(last.answer, 1) if last else b""
+    request = last and {"seen": last.seen, "count": last.count, "digest": last.digest, "detector": last.detector}
     header = header | {
         "state_bytes": len(state),
         "answer_bytes": len(last.answer) if last else 0,
-        "last": last and {"seen": last.seen, "count": last.count, "digest": last.digest},
+        "last": request,
     }
     text = json.dumps(header).encode()
     rest = b"".join((len(text).to_bytes(4, "big"), text, state, answer))
@@ -566,10 +591,15 @@ def _unpack_header(content: bytes) -> tuple[dict[str, Any], int]:
         raise StoreError("not a checkpoint of a stream")
     try:
         header = json.loads(content[begin : begin + length])
-        for name in ("seen", "generation", "state_bytes", "answer_bytes"):
-            if type(header[name]) is not int or header[name] < 0:
-                raise StoreError("not the header of a checkpoint")
-    except (ValueError, KeyError, TypeError) as error:
+        numbers = [header[name] for name in ("seen", "generation", "state_bytes", "answer_bytes")]
+        texts = []
+        if header["last"] is not None:
+            numbers += [header["last"][name] for name in ("seen", "count")]
+            texts = [header["last"][name] for name in ("digest", "detector")]
+        is_sound = all(type(number) is int and 0 <= number <= _MOST_SEEN for number in numbers)
+        if not is_sound or not all(type(text) is str for text in texts) or type(header["warm"]) is not bool:
+            raise StoreError("not the header of a checkpoint")
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise StoreError("not the header of a checkpoint") from error
     return header, begin + length
 
@@ -580,14 +610,23 @@ def _unpack(content: bytes) -> _Checkpoint:
     if hashlib.sha256(memoryview(content)[hashed:]).digest() != content[len(_MAGIC) : hashed]:
         raise StoreError("its checkpoint is damaged")
     end = begin + header["state_bytes"]
-    try:
-        last = header["last"]
-        if last is not None:
-            answer = zlib.decompressobj().decompress(content[end:], header["answer_bytes"])
-            last = _Last(int(last["seen"]), int(last["count"]), str(last["digest"]), answer)
-    except (zlib.error, KeyError, TypeError, ValueError) as error:
-        raise StoreError("its checkpoint holds no readable answer") from error
+    last = header["last"]
+    if last is not None:
+        answer = _decompressed(content[end:], header["answer_bytes"])
+        last = _Last(last["seen"], last["count"], last["digest"], answer, last["detector"])
     return _Checkpoint(header, content[begin:end], last)
+
+
+def _decompressed(content: bytes, length: int) -> bytes:
+    """What was compressed to `content`, if it has this length."""
+    try:
+        # one more byte than expected, as a limit of 0 would be none
+        answer = zlib.decompressobj().decompress(content, min(length, _MOST_ANSWER_BYTES) + 1)
+    except zlib.error as error:
+        raise StoreError("its checkpoint holds no readable answer") from error
+    if len(answer) != length:
+        raise StoreError("its checkpoint holds another answer than it says")
+    return answer
 
 
 def _check_identity(header: dict[str, Any], identity: dict[str, Any]) -> None:

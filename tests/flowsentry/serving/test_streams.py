@@ -1,10 +1,14 @@
 from __future__ import annotations
 
+import hashlib
+import json
 import logging
 import subprocess
 import sys
 import threading
 import time
+import tracemalloc
+import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,11 +20,12 @@ import pytest
 
 from flowsentry.detector import Detector
 from flowsentry.errors import StoreError
-from flowsentry.serving.client import as_rows
-from flowsentry.serving.protocol import SeenMismatch
+from flowsentry.features import behaviour, paper
+from flowsentry.serving.client import as_rows, encode
+from flowsentry.serving.protocol import NDJSON, SeenMismatch
 from flowsentry.serving.store import open_store
 from flowsentry.serving.streams import Limits, Position, StreamBusy, Streams, TooManyStreams
-from tests.flowsentry.serving.local_service import ListStore, View, ask, offline, scores
+from tests.flowsentry.serving.local_service import ListStore, View, ask, offline, post, scores
 from tests.flowsentry.test_detector import trained
 
 if TYPE_CHECKING:
@@ -28,7 +33,7 @@ if TYPE_CHECKING:
 
 SELDOM = Limits(checkpoint_flows=1 << 40, checkpoint_seconds=1e6)
 """A checkpoint is written only when asked for."""
-PATH = "behaviour-1/s.state"
+PATH = f"behaviour-{behaviour.VERSION}/s.state"
 
 Begin = Callable[..., Streams]
 
@@ -241,6 +246,34 @@ def test_a_lost_answer_is_given_again_after_a_restart(begin: Begin, reports: pd.
     assert again.repeated and again.answer == lost.answer and again.seen == 2600
 
 
+@pytest.mark.parametrize("anew", [False, True])
+def test_another_detector_repeats_a_lost_answer_but_judges_a_stream_begun_anew(
+    begin: Begin, small: Small, reports: pd.DataFrame, anew: bool
+) -> None:
+    store = ListStore()
+    before = begin(store)
+    first = ask(before, reports.iloc[:600], seen=0, anew=anew)
+    assert ask(before, reports.iloc[:600], seen=0, anew=anew).repeated
+    before.release()
+    other = trained(small, family="logistic_regression")
+    again = ask(begin(store, of=other), reports.iloc[:600], seen=0, anew=anew)
+    assert again.repeated is not anew and again.seen == 600
+    assert (again.answer == first.answer) is not anew
+    if anew:
+        assert scores(again) == offline(other, reports.iloc[:600])
+
+
+def test_an_empty_answer_survives_a_restart(begin: Begin, reports: pd.DataFrame) -> None:
+    store = ListStore()
+    before = begin(store)
+    lines = encode(reports.iloc[:50], NDJSON)
+    given: dict[str, Any] = {"media_type": NDJSON, "stream": "s", "seen": 0, "absorb": True, "anew": False}
+    assert post(before, lines, **given).answer == b""
+    before.close()
+    again = post(begin(store), lines, **given)
+    assert again.repeated and again.answer == b""
+
+
 SERVICE = """
 import sys
 from pathlib import Path
@@ -346,6 +379,59 @@ def test_the_oldest_idle_stream_makes_room_and_comes_back_as_it_was(
             assert len(streams) <= 2 and streams.is_open(name)
     assert all(verdicts == expected[:600] for verdicts in got.values())
     assert streams.counters.evictions == 7
+
+
+class Slow(ListStore):
+    """Writes only when told to."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.writing, self.go = threading.Event(), threading.Event()
+
+    def write(self, name: str, content: bytes) -> None:
+        self.writing.set()
+        assert self.go.wait(10)
+        super().write(name, content)
+
+
+@pytest.mark.parametrize("is_lost", [False, True])
+def test_a_request_waits_while_its_stream_is_being_dropped(
+    begin: Begin, reports: pd.DataFrame, expected: list[tuple[Any, ...]], is_lost: bool
+) -> None:
+    store = Slow()
+    streams = begin(store, Limits(streams=2, checkpoint_flows=1 << 40, checkpoint_seconds=1e6))
+    ask(streams, reports.iloc[:20], seen=0)
+    ask(streams, reports.iloc[:5], stream="second", seen=0)
+    with ThreadPoolExecutor(2) as pool:
+        makes_room = pool.submit(ask, streams, reports.iloc[:5], stream="other", seen=0)
+        assert store.writing.wait(10)
+        assert not streams.is_open("s")
+        waits = pool.submit(ask, streams, reports.iloc[20:40], seen=20)
+        time.sleep(0.05)
+        assert not waits.done()
+        store.is_down = is_lost
+        store.go.set()
+        wait_for(makes_room.done)
+        wait_for(waits.done)
+        store.is_down = False
+    assert (makes_room.exception() is not None) is is_lost
+    assert scores(waits.result()) == expected[20:40]
+
+
+def test_a_request_waits_while_its_stream_is_released_but_not_for_long(begin: Begin, reports: pd.DataFrame) -> None:
+    store = Slow()
+    streams = begin(store)
+    ask(streams, reports.iloc[:20], seen=0)
+    with ThreadPoolExecutor(1) as pool:
+        releasing = pool.submit(streams.release)
+        assert store.writing.wait(10)
+        begun = time.monotonic()
+        with pytest.raises(StreamBusy):
+            ask(streams, reports.iloc[20:40], seen=20)
+        assert 0.5 < time.monotonic() - begun < 5
+        store.go.set()
+        assert releasing.result() == 1
+    assert ask(streams, reports.iloc[20:40], seen=20).seen == 40
 
 
 def test_the_one_used_last_stays(begin: Begin, reports: pd.DataFrame) -> None:
@@ -494,12 +580,75 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_stream_begins_anew(
     assert scores(ask(streams, reports.iloc[:300], seen=0)) == offline(detector, reports.iloc[:300])
 
 
+def wrong_headers() -> dict[str, Callable[[dict[str, Any]], Any]]:
+    """Headers that nobody wrote, by what is wrong with them."""
+    return {
+        "no warm": lambda header: {name: value for name, value in header.items() if name != "warm"},
+        "warm is text": lambda header: header | {"warm": "yes"},
+        "seen is beyond any request": lambda header: header | {"seen": 10**19},
+        "seen is true": lambda header: header | {"seen": True},
+        "a list": lambda header: [header],
+        "last is a list": lambda header: header | {"last": [1]},
+        "last has no detector": lambda header: header | {"last": {"seen": 0, "count": 100, "digest": ""}},
+        "last without bounds": lambda header: header | {"last": header["last"] | {"count": 1e400}},
+        "an answer shorter than it is": lambda header: header | {"answer_bytes": 0},
+        "an answer longer than it is": lambda header: header | {"answer_bytes": 10**9},
+    }
+
+
+@pytest.mark.parametrize("wrong", [*wrong_headers(), "nested"])
+def test_a_header_that_nobody_wrote_is_a_damaged_checkpoint(
+    begin: Begin, detector: Detector, reports: pd.DataFrame, wrong: str
+) -> None:
+    store = ListStore()
+    before = begin(store)
+    ask(before, reports.iloc[:100], seen=0)
+    before.close()
+    content = store.contents[PATH]
+    magic, start = content[:20], 20 + 32 + 4
+    end = start + int.from_bytes(content[start - 4 : start], "big")
+    header = b"[" * 4000
+    if wrong != "nested":
+        header = json.dumps(wrong_headers()[wrong](json.loads(content[start:end]))).encode()
+    rest = len(header).to_bytes(4, "big") + header + content[end:]
+    store.contents[PATH] = magic + hashlib.sha256(rest).digest() + rest
+    streams = begin(store)
+    if "answer" not in wrong and "last" not in wrong:
+        assert streams.status("s") is None
+    assert scores(ask(streams, reports.iloc[:5])) == offline(detector, reports.iloc[:5])
+    assert streams.counters.set_aside == 1
+
+
+def test_a_small_checkpoint_cannot_hold_a_huge_answer(begin: Begin, reports: pd.DataFrame) -> None:
+    store = ListStore()
+    before = begin(store)
+    ask(before, reports.iloc[:100], seen=0)
+    before.close()
+    content = store.contents[PATH]
+    start = 20 + 32 + 4
+    end = start + int.from_bytes(content[start - 4 : start], "big")
+    header = json.loads(content[start:end])
+    for claimed in (0, 10):
+        changed = json.dumps(header | {"answer_bytes": claimed}).encode()
+        state = content[end : end + header["state_bytes"]]
+        rest = len(changed).to_bytes(4, "big") + changed + state + zlib.compress(bytes(50_000_000), 9)
+        store.contents[PATH] = content[:20] + hashlib.sha256(rest).digest() + rest
+        streams = begin(store)
+        tracemalloc.start()
+        try:
+            assert ask(streams, reports.iloc[:5]).seen == 5
+            assert tracemalloc.get_traced_memory()[1] < 20_000_000
+        finally:
+            tracemalloc.stop()
+        assert streams.counters.set_aside == 1
+
+
 def test_the_checkpoint_of_another_stream_is_not_taken_for_this_one(begin: Begin, reports: pd.DataFrame) -> None:
     store = ListStore()
     before = begin(store)
     ask(before, reports.iloc[:100], stream="other", seen=0)
     before.close()
-    store.contents[PATH] = store.contents["behaviour-1/other.state"]
+    store.contents[PATH] = store.contents[PATH.replace("/s.", "/other.")]
     assert ask(begin(store), reports.iloc[:5]).seen == 5
 
 
@@ -518,12 +667,12 @@ def test_a_checkpoint_of_another_kernel_is_set_aside(
 
 def test_another_view_has_streams_of_its_own(begin: Begin, small: Small, reports: pd.DataFrame) -> None:
     store = ListStore()
-    behaviour, paper = begin(store), begin(store, of=trained(small, "paper"))
-    ask(behaviour, reports.iloc[:100], seen=0)
-    ask(paper, reports.iloc[:50], seen=0)
-    behaviour.checkpoint()
-    paper.checkpoint()
-    assert sorted(store.contents) == ["behaviour-1/s.state", "paper-1/s.state"]
+    ours, study = begin(store), begin(store, of=trained(small, "paper"))
+    ask(ours, reports.iloc[:100], seen=0)
+    ask(study, reports.iloc[:50], seen=0)
+    ours.checkpoint()
+    study.checkpoint()
+    assert sorted(store.contents) == [PATH, f"paper-{paper.VERSION}/s.state"]
 
 
 def test_another_detector_of_the_same_view_goes_on_with_the_same_state(
@@ -619,14 +768,6 @@ def test_a_request_that_breaks_leaves_the_stream_as_it_is_stored(
 
 
 def test_a_request_is_answered_while_a_slow_store_writes(begin: Begin, reports: pd.DataFrame) -> None:
-    class Slow(ListStore):
-        writing, go = threading.Event(), threading.Event()
-
-        def write(self, name: str, content: bytes) -> None:
-            self.writing.set()
-            assert self.go.wait(10)
-            super().write(name, content)
-
     store = Slow()
     streams = begin(store, Limits(checkpoint_flows=10, checkpoint_seconds=1e6))
     ask(streams, reports.iloc[:20], seen=0)

@@ -24,6 +24,7 @@ from flowsentry.features.views import Feature
 from flowsentry.flows import sources
 from flowsentry.flows.columns import Columns
 from flowsentry.flows.expectations import validate
+from flowsentry.reasons import AT_HAND, Told
 from flowsentry.serving import _values, wire
 from flowsentry.serving.protocol import ARROW, JSON, NDJSON
 from flowsentry.serving.wire import Batch, Head, Malformed
@@ -338,7 +339,7 @@ def test_many_values_are_refused_before_they_take_memory(media_type: str, kind: 
     body = b'{"flows":[%s]}' % values if media_type == JSON else b"[%s]\n" % values
     tracemalloc.start()
     try:
-        with pytest.raises(Malformed, match="more than [0-9]+ (objects|lists|values) in the request") as malformed:
+        with pytest.raises(Malformed, match=r"more than [0-9]+ (objects|lists|values) in the request") as malformed:
             wire.parse(body, media_type, max_flows=1000, now_ms=NOW_MS)
         assert tracemalloc.get_traced_memory()[1] < 2 * len(body)
     finally:
@@ -348,7 +349,9 @@ def test_many_values_are_refused_before_they_take_memory(media_type: str, kind: 
 
 @pytest.mark.parametrize("media_type", [JSON, NDJSON])
 def test_flows_may_have_as_many_other_keys_again(media_type: str) -> None:
-    given = [flow(flow_id=f"[{{{n}", tags=[], where={}, **{f"other {key}": "x" for key in range(9)}) for n in range(999)]
+    given = [
+        flow(flow_id=f"[{{{n}", tags=[], where={}, **{f"other {key}": "x" for key in range(9)}) for n in range(999)
+    ]
     assert len(wire.parse(encode(media_type, given), media_type, max_flows=1000, now_ms=NOW_MS).flow_ids) == 999
 
 
@@ -620,17 +623,20 @@ FEATURES = (
 def judged(count: int, malicious: tuple[int, ...] = ()) -> Any:
     """What a detector would say: those malicious at these places, each with two reasons."""
     bad = np.isin(np.arange(count), malicious)
-    reasons = [
-        {"feature": "edge_burst", "value": 51.5, "unit": "ratio", "text": "51.5 times as many", "weight": 0.75},
-        {"feature": "edge_fails_60s", "value": None, "unit": "flows", "text": "many failed", "weight": 0.25},
-    ]
+
+    def told(places: np.ndarray) -> Told:
+        count = len(places)
+        ends, feature = 2 * np.arange(count + 1), np.array([1, 0] * count, np.int64)
+        value, share = np.array([51.5, 7.0] * count, float), np.array([0.75, 0.25] * count, float)
+        return Told(FEATURES, ends, feature, value, feature == 0, share, ["51.5 times as many", "many failed"] * count)
+
     return SimpleNamespace(
         detector=SimpleNamespace(manifest=SimpleNamespace(features=FEATURES)),
         score=np.where(bad, 4.123456789012345, np.arange(count) / 7),
         malicious=bad,
         first_alarm=np.where(bad, NOW_MS + 7, 0),
         warm=np.arange(count) % 2 == 0,
-        reasons=lambda places: [reasons] * len(places),
+        told=told,
     )
 
 
@@ -688,6 +694,18 @@ def test_the_three_types_say_the_same() -> None:
     verdicts = judged(len(GOOD), malicious=(0, 3, len(GOOD) - 1))
     one, two, three = (read(media_type, wire.answer(media_type, HEAD, verdicts, batch)) for media_type in TYPES)
     assert one == two == three
+
+
+def test_the_three_types_say_the_same_of_more_flows_than_are_made_objects_at_a_time() -> None:
+    flows = [flow(flow_id=str(i)) if i % 5 else {} for i in range(5 * AT_HAND)]
+    batch = parse(encode(JSON, flows), JSON)
+    count = len(batch.flow_ids)
+    verdicts = judged(count, malicious=tuple(i for i in range(count) if i % 3))
+    one, two, three = (read(media_type, wire.answer(media_type, HEAD, verdicts, batch)) for media_type in TYPES)
+    assert one == two == three
+    assert [line["index"] for line in one] == list(range(len(flows)))
+    assert [line["flow_id"] for line in one if "rejected" not in line] == batch.flow_ids
+    assert sum(len(line["reasons"]) for line in one if "rejected" not in line) == 2 * int(verdicts.malicious.sum())
 
 
 def test_a_json_answer_has_the_head() -> None:
