@@ -107,11 +107,11 @@ def main() -> None:
         deployer = LocalDeployer(Path(scratch, "home"), port=0)
         try:
             deployer.start_challenger(built[0].path, "1", built[0].digest)
-            deployer.promote()
+            deployer.promote(built[0].digest, None)
             begin = time.perf_counter()
             deployer.start_challenger(built[1].path, "2", built[1].digest)
             print(f"challenger ready after {time.perf_counter() - begin:.1f} s, beside an idle champion")
-            measure(deployer, arguments.rate, "switch", deployer.promote)
+            measure(deployer, arguments.rate, "switch", lambda: deployer.promote(built[1].digest, built[0].digest))
             measure(deployer, arguments.rate, "rollback", deployer.rollback)
             deployer.stop()
             port = int(deployer.start().url.rpartition(":")[2])

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flowsentry.serving.deployer import Deployed
+from flowsentry.serving.commands import describe
+from flowsentry.serving.deployer import Status
 from steps.stages import deployer, difference, in_production, keep_equal
 
 
@@ -18,18 +19,12 @@ class Production:
 
 
 def status() -> Production:
-    """The deployer's record and ZenML's stage, side by side."""
-    where = deployer()
-    record = where.record()
-    address = where.endpoint().url if record.champion else "nothing is deployed: python run.py --pipeline train"
-    lines = [
-        f"Champion:   {_told(record.champion)}",
-        f"Previous:   {_told(record.previous)}",
-        f"Challenger: {_told(record.challenger)}",
-        f"ZenML:      {f'version {stage}' if (stage := in_production()) else 'no version'} at stage production",
-        f"Address:    {address}",
-    ]
-    return Production("\n".join(lines), difference(record))
+    """The deployer's record and what runs, beside ZenML's stage; nothing is started to find out.
+
+    Raises:
+        DeployError: the record is damaged.
+    """
+    return _told(deployer().status())
 
 
 def rollback() -> Production:
@@ -38,9 +33,12 @@ def rollback() -> Production:
     Raises:
         DeployError: there is none, or it did not start.
     """
-    keep_equal(deployer().rollback())
-    return status()
+    where = deployer()
+    keep_equal(where.rollback())
+    return _told(where.status())
 
 
-def _told(deployed: Deployed | None) -> str:
-    return f"version {deployed.model_version}, bundle {deployed.digest[:12]}" if deployed else "none"
+def _told(told: Status) -> Production:
+    stage = in_production()
+    zenml = f"version {stage}" if stage else "no version"
+    return Production(f"{describe(told)}\n{'ZenML':12}{zenml} at stage production", difference(told.record))

@@ -1,4 +1,4 @@
-"""What `start`, `stop` and `status` of the command line have in common."""
+"""What is deployed and what runs, in words."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ def describe(status: Status) -> str:
             lines.append(f"  log         {status.champion.log}")
     elif record.champion is not None:
         lines.append("  nothing runs; `python -m flowsentry start` brings it back")
+    if record.champion is None:
+        lines.append("  nothing is deployed; `python run.py --pipeline train` deploys")
     lines.append(_line("previous", record.previous, None))
     lines.append(_line("challenger", record.challenger, status.challenger))
     if status.challenger is not None:

@@ -78,15 +78,28 @@ class Deployer(Protocol):
     """
 
     def start_challenger(self, bundle: Path, model_version: str, digest: str) -> Endpoint:
-        """Serve a bundle beside the champion, in place of another challenger; returns when it is ready."""
+        """Serve a bundle beside the champion; returns when it is ready.
+
+        It takes the place of another challenger, unless somebody else has that one on trial: then it is refused.
+        """
         ...
 
-    def stop_challenger(self) -> None:
-        """Stop serving the challenger; nothing happens if there is none."""
+    def stop_challenger(self, digest: str | None = None) -> None:
+        """Stop serving the challenger; nothing happens if there is none.
+
+        Args:
+            digest: refused if the challenger is another bundle; None: whichever it is.
+        """
         ...
 
-    def promote(self) -> Record:
-        """Make the challenger the champion; no request fails."""
+    def promote(self, digest: str, instead_of: str | None) -> Record:
+        """Make the challenger the champion; no request fails.
+
+        Args:
+            digest: of the bundle that was tested; refused if the challenger is another one.
+            instead_of: digest of the champion that the challenger was compared with, None if there was none; refused
+                if the champion is another one by now.
+        """
         ...
 
     def rollback(self) -> Record:
@@ -97,8 +110,12 @@ class Deployer(Protocol):
         """What is deployed."""
         ...
 
+    def status(self) -> Status:
+        """What is deployed and what runs; nothing is started to find out."""
+        ...
+
     def endpoint(self) -> Endpoint:
-        """The champion's stable address."""
+        """The champion's stable address; the champion is started if it does not run."""
         ...
 
     def stop(self) -> None:

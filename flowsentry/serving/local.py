@@ -50,8 +50,13 @@ class LocalDeployer:
     def start_challenger(self, bundle: Path, model_version: str, digest: str) -> Endpoint:
         """Serve a bundle beside the champion; returns when it is ready.
 
+        The challenger belongs to this process: it is stopped some seconds after this process has ended, however
+        that came about, and until then it takes the place of an earlier challenger of this process.
+
         Raises:
-            DeployError: it did not become ready or died, with the last lines of its log; or the bundle is damaged.
+            DeployError: it did not become ready or died, with the last lines of its log; or the bundle is damaged or
+                for another Python; or a challenger that another running process started less than
+                `supervisor.TRIAL_SECONDS` ago is on trial.
         """
         url = self._ask(
             "start_challenger",
@@ -59,23 +64,33 @@ class LocalDeployer:
             model_version=model_version,
             digest=digest,
             seconds=self._ready_seconds,
+            owner=[os.getpid(), supervisor.started(os.getpid())],
         )
         return Endpoint(url=url, token=self._token())
 
-    def stop_challenger(self) -> None:
-        """Stop serving the challenger; nothing happens if there is none."""
-        self._ask("stop_challenger", start=False)
-
-    def promote(self) -> Record:
-        """Make the challenger the champion; no request fails.
+    def stop_challenger(self, digest: str | None = None) -> None:
+        """Stop serving the challenger; nothing happens if there is none.
 
         Raises:
-            DeployError: there is none, it has died, or the champion does not let go. The champion stays.
+            DeployError: it is another bundle than `digest` says.
         """
-        return Record.model_validate(self._ask("promote"))
+        self._ask("stop_challenger", start=False, digest=digest)
+
+    def promote(self, digest: str, instead_of: str | None) -> Record:
+        """Make the challenger the champion; no request fails.
+
+        A champion that does not answer is killed: its checkpoints are valid, and clients send the rest again.
+
+        Raises:
+            DeployError: there is no challenger, it is another bundle than `digest`, it has died or does not answer,
+                or the champion is another one than `instead_of`. The champion stays.
+        """
+        return Record.model_validate(self._ask("promote", digest=digest, instead_of=instead_of))
 
     def rollback(self) -> Record:
         """Make the previous champion the champion again; no request fails.
+
+        The present one is killed if it does not answer.
 
         Raises:
             DeployError: there is none, its bundle is damaged, or it does not become ready. The champion stays.
@@ -119,7 +134,7 @@ class LocalDeployer:
                 problem = champion.problem or f"is not ready after {self._ready_seconds:g} s"
                 raise DeployError(
                     f"the champion, model version {version}: {problem}; log {champion.log}; "
-                    f"`python -m flowsentry rollback` brings the previous one back"
+                    f"`python run.py --rollback` brings the previous one back"
                 )
             time.sleep(0.05)
 
@@ -167,7 +182,7 @@ class LocalDeployer:
         """The supervisor's answer; None if there is no supervisor and none is to be started."""
         if (connection := self._supervise() if start else self._connect()) is None:
             return None
-        limit = float(arguments.get("seconds", 0)) + supervisor.DRAIN_SECONDS + 2 * supervisor.GRACE_SECONDS + 30
+        limit = float(arguments.get("seconds", 0)) + supervisor.SWITCH_SECONDS + 2 * supervisor.GRACE_SECONDS + 30
         line = b""
         with connection, connection.makefile("rwb") as stream:
             connection.settimeout(limit)

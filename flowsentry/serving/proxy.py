@@ -11,21 +11,21 @@ import hmac
 import io
 import json
 from collections.abc import AsyncIterator, Mapping
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Final
 
 from aiohttp import ClientConnectorError, ClientError, ClientSession, ClientTimeout, DummyCookieJar, TCPConnector, web
 from yarl import URL
 
-HOLD_SECONDS: Final = 20.0
-"""How long a request waits for a champion; then 503."""
+HOLD_SECONDS: Final = 27.0
+"""How long a request waits for a champion, then 503: longer than a switch takes, shorter than our client waits."""
 MOST_HELD: Final = 1000
-LARGEST_BODY: Final = 64 << 20
-LARGEST_TOTAL: Final = 256 << 20
-"""Bytes of all requests that are taken in at one time."""
+BODIES_AT_ONCE: Final = 8
+"""Longest bodies that are taken in at one time."""
 UPLOAD_SECONDS: Final = 30.0
 ANSWER_SECONDS: Final = 60.0
 HEALTH: Final = frozenset({"/livez", "/readyz", "/healthz", "/metrics"})
+_READING: Final = ("GET", "HEAD")
 _IDEMPOTENT: Final = frozenset({"GET", "HEAD", "DELETE"})
 _HOP_BY_HOP: Final = frozenset(
     {
@@ -60,15 +60,23 @@ class _Problem(Exception):
             response.headers["Retry-After"] = "1"
         if self.status == 401:
             response.headers["WWW-Authenticate"] = "Bearer"
+        if self.status == 405:
+            response.headers["Allow"] = ", ".join(_READING)
         return response
 
 
 class Proxy:
     """Requests of one address, for one target at a time."""
 
-    def __init__(self, token: str, *, hold_seconds: float = HOLD_SECONDS) -> None:
+    def __init__(self, token: str, *, body_bytes: int) -> None:
+        """Nothing is listened to yet.
+
+        Args:
+            token: that every request to /v1 must bring.
+            body_bytes: longest body of a request; the service's own limit.
+        """
         self._token = token
-        self._hold_seconds = hold_seconds
+        self._body_bytes = body_bytes
         self._target: str | None = None
         self._switching = False
         self._closing = False
@@ -85,6 +93,8 @@ class Proxy:
             auto_decompress=False,
             skip_auto_headers=("Accept", "Accept-Encoding", "Content-Type", "User-Agent"),
         )
+        # Of its own: requests under way, however many, do not keep the supervisor from asking.
+        self._asking = ClientSession(connector=TCPConnector(limit=0, force_close=True), cookie_jar=DummyCookieJar())
         self._runner = web.ServerRunner(
             web.Server(self._serve, auto_decompress=False, access_log=None), shutdown_timeout=5
         )
@@ -106,6 +116,7 @@ class Proxy:
         self._update()
         await self._runner.cleanup()
         await self._session.close()
+        await self._asking.close()
 
     def point(self, target: str | None) -> None:
         """Pass requests on to this address from now on; None: hold them."""
@@ -113,27 +124,27 @@ class Proxy:
         self._update()
 
     @asynccontextmanager
-    async def switching(self, seconds: float) -> AsyncIterator[None]:
-        """Hold new requests, and begin when those under way are answered.
-
-        Raises:
-            TimeoutError: they took longer than `seconds`.
-        """
+    async def switching(self) -> AsyncIterator[None]:
+        """Hold new requests meanwhile."""
         self._switching = True
         self._update()
         try:
-            async with asyncio.timeout(seconds):
-                await self._idle.wait()
             yield
         finally:
             self._switching = False
             self._update()
 
+    async def become_idle(self, seconds: float) -> bool:
+        """Wait until all requests under way are answered; whether they are, after so long at most."""
+        with suppress(TimeoutError):
+            await asyncio.wait_for(self._idle.wait(), seconds)
+        return self._idle.is_set()
+
     async def ask(self, target: str, method: str, path: str, seconds: float) -> int:
         """Status of the answer to a request of our own; 0 without an answer."""
         headers = {"Authorization": f"Bearer {self._token}"}
         try:
-            async with self._session.request(
+            async with self._asking.request(
                 method, target + path, headers=headers, timeout=ClientTimeout(total=seconds)
             ) as response:
                 await response.read()
@@ -156,14 +167,18 @@ class Proxy:
     async def _answer(self, request: web.BaseRequest) -> web.Response:
         path = request.rel_url.raw_path
         asks = path.startswith("/v1/")
-        if not asks and path not in HEALTH:
-            raise _Problem(404, "not_found", "there is nothing at this path")
-        if asks and not self._authorized(request.headers.get("Authorization", "")):
+        if not asks:
+            if path not in HEALTH:
+                raise _Problem(404, "not_found", "there is nothing at this path")
+            if request.method not in _READING:
+                raise _Problem(405, "method_not_allowed", "this path is only read")
+            return await self._pass_on(request, b"", hold=False)
+        if not self._authorized(request.headers.get("Authorization", "")):
             raise _Problem(401, "unauthorized", "a bearer token is needed")
         taken = [0]
         try:
             body = await self._body(request, taken)
-            return await self._pass_on(request, body, hold=asks)
+            return await self._pass_on(request, body, hold=True)
         finally:
             self._taken -= taken[0]
 
@@ -173,17 +188,18 @@ class Proxy:
         return right and scheme.lower() == "bearer"
 
     async def _body(self, request: web.BaseRequest, taken: list[int]) -> bytes:
-        if (request.content_length or 0) > LARGEST_BODY:
-            raise _Problem(413, "too_large", f"a request may have {LARGEST_BODY >> 20} MiB")
+        too_large = _Problem(413, "too_large", f"the body is longer than {self._body_bytes} bytes")
+        if (request.content_length or 0) > self._body_bytes:
+            raise too_large
         chunks = []
         try:
             async with asyncio.timeout(UPLOAD_SECONDS):
                 async for chunk in request.content.iter_any():
                     taken[0] += len(chunk)
                     self._taken += len(chunk)
-                    if taken[0] > LARGEST_BODY:
-                        raise _Problem(413, "too_large", f"a request may have {LARGEST_BODY >> 20} MiB")
-                    if self._taken > LARGEST_TOTAL:
+                    if taken[0] > self._body_bytes:
+                        raise too_large
+                    if self._taken > BODIES_AT_ONCE * self._body_bytes:
                         raise _Problem(503, "busy", "too many large requests at one time")
                     chunks.append(chunk)
         except TimeoutError:
@@ -193,7 +209,7 @@ class Proxy:
     async def _pass_on(self, request: web.BaseRequest, body: bytes, *, hold: bool) -> web.Response:
         headers = [(k, v) for k, v in request.headers.items() if k.lower() not in _HOP_BY_HOP]
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + (self._hold_seconds if hold else 0)
+        deadline = loop.time() + (HOLD_SECONDS if hold else 0)
         # Whoever names `seen` gets the first answer again if the request was already taken.
         may_repeat = request.method in _IDEMPOTENT or "seen" in request.rel_url.query
         while True:

@@ -20,6 +20,7 @@ import json
 import logging
 import logging.handlers
 import os
+import re
 import secrets
 import shutil
 import signal
@@ -40,16 +41,33 @@ from flowsentry.errors import DeployError, FlowSentryError, StoreError
 from flowsentry.serving import bundle as bundles
 from flowsentry.serving.deployer import Deployed, Record, Service, Status
 from flowsentry.serving.proxy import Proxy
+from flowsentry.serving.settings import Settings
 
 HOST: Final = "127.0.0.1"
-DRAIN_SECONDS: Final = 10.0
-"""How long a switch waits for requests under way; less than requests are held for."""
-RELEASE_SECONDS: Final = 5.0
+DRAIN_SECONDS: Final = 15.0
+"""How long a switch waits for requests under way, and then ..."""
+RELEASE_SECONDS: Final = 10.0
+"""... for the champion to store its streams, before it is killed."""
+SWITCH_SECONDS: Final = DRAIN_SECONDS + RELEASE_SECONDS
+"""Longest time of a switch; less than requests are held for."""
 GRACE_SECONDS: Final = 15.0
 """From SIGTERM, on which a service stores its streams, to SIGKILL."""
 LONGEST_BACKOFF: Final = 30.0
 STEADY_SECONDS: Final = 60.0
 """A service that ran so long and dies is started again at once."""
+PROBE_SECONDS: Final = 5.0
+"""The champion is asked so often whether it lives; long requests do not keep it from answering."""
+MOST_MISSES: Final = 6
+"""After so many unanswered questions in a row it is killed and started again."""
+TRIAL_SECONDS: Final = 900.0
+"""For so long nobody but its owner may replace a challenger."""
+OWNER_SECONDS: Final = 5.0
+"""How often it is looked whether a challenger's owner still runs."""
+FORGET_SECONDS: Final = 30 * 86_400.0
+"""Checkpoints not written for so long are removed ..."""
+FORGET_TRIAL_SECONDS: Final = 86_400.0
+"""... and after this time those of gates, replays and scorings, which never come again."""
+TIDY_SECONDS: Final = 86_400.0
 LOG_BYTES: Final = 5 << 20
 TAIL_BYTES: Final = 16 << 10
 TAIL_LINES: Final = 30
@@ -58,6 +76,8 @@ LOCKED: Final = "another supervisor has this home"
 WORKER: Final = ("-m", "_bentoml_impl.worker.service")
 """Arguments of this Python by which a service is started, before `BUNDLE --fd N ...`."""
 _LONGEST_SOCKET_PATH: Final = 100
+_TRIAL: Final = re.compile("(gate-[0-9a-f]{16}|(replay|score)-[0-9a-f]{8})")
+"""Names of streams that our own programs draw."""
 
 log = logging.getLogger("flowsentry.supervisor")
 
@@ -92,8 +112,12 @@ class Output:
 class Unit:
     """One deployed bundle and its process, present or past."""
 
-    def __init__(self, deployed: Deployed, home: Path, worker: Sequence[str]) -> None:
+    def __init__(
+        self, deployed: Deployed, home: Path, worker: Sequence[str], owner: tuple[int, str] | None = None
+    ) -> None:
         self.deployed = deployed
+        self.owner = owner
+        """Process that has it on trial, and when that one began."""
         self.folder = home / "bundles" / deployed.digest
         self.output = Output(home / "logs" / f"service-{deployed.digest[:12]}.log")
         self.state: Literal["starting", "ready", "waiting", "stopped", "failed"] = "starting"
@@ -108,8 +132,18 @@ class Unit:
         self._pump: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Begin a process that listens on a free port of its own; it is not ready yet."""
-        await asyncio.to_thread(bundles.verify, self.folder, self.deployed.digest)
+        """Begin a process that listens on a free port of its own; it is not ready yet.
+
+        Raises:
+            StoreError: the bundle is damaged, or built for another Python.
+        """
+        bundle = await asyncio.to_thread(bundles.verify, self.folder, self.deployed.digest)
+        built_for, this = bundle.about.get("python"), ".".join(map(str, sys.version_info[:2]))
+        if built_for != this:
+            raise StoreError(
+                f"{self.name} was built for Python {built_for}, and this is Python {this}: train again, or run "
+                f"`python -m flowsentry stop` and go on with Python {built_for}"
+            )
         self.state, self.begin = "starting", time.monotonic()
         metrics = self._home / "run" / f"metrics-{self.deployed.digest[:12]}-{secrets.token_hex(4)}"
         metrics.mkdir(parents=True)
@@ -193,6 +227,11 @@ class Unit:
             _kill_group(process.pid)
             await self.ended()
 
+    def kill(self) -> None:
+        """End the process at once, even one that is stopped or hangs."""
+        if self.pid is not None:
+            _kill_group(self.pid)
+
     def close(self) -> None:
         self.output.close()
 
@@ -215,7 +254,7 @@ class Supervisor:
 
     def __init__(self, home: Path, record: Record, token: str, worker: Sequence[str]) -> None:
         self.record = record
-        self.proxy = Proxy(token)
+        self.proxy = Proxy(token, body_bytes=Settings.read(_environment(home, home)).body_bytes)
         self.ending = asyncio.Event()
         self._home = home
         self._worker = worker
@@ -237,6 +276,7 @@ class Supervisor:
             self._champion = Unit(champion, self._home, self._worker)
             self._note_processes()
             self._spawn(self._keep(self._champion, started=False))
+        self._spawn(self._forget_streams())
 
     async def end(self) -> None:
         """Answer what is there, then end all services; they store their streams."""
@@ -247,6 +287,8 @@ class Supervisor:
             await self.proxy.close()
             units = [unit for unit in (self._champion, self._challenger) if unit is not None]
             await asyncio.gather(*(unit.stop() for unit in units))
+            for unit in units:
+                unit.close()
             self._write(self.record.model_copy(update={"challenger": None}))
 
     async def obey(self, command: str, arguments: dict[str, Any]) -> Any:
@@ -290,10 +332,15 @@ class Supervisor:
             challenger=await self._challenger.told(self.proxy) if self._challenger else None,
         )
 
-    async def _start_challenger(self, bundle: str, model_version: str, digest: str, seconds: float) -> str:
+    async def _start_challenger(
+        self, bundle: str, model_version: str, digest: str, seconds: float, owner: list[Any]
+    ) -> str:
+        pid, begin = owner
+        self._check_free((pid, begin))
         await self._drop_challenger()
         await asyncio.to_thread(_install, Path(bundle), self._home / "bundles" / digest, model_version, digest)
-        unit = Unit(Deployed(model_version=model_version, digest=digest, url=""), self._home, self._worker)
+        deployed = Deployed(model_version=model_version, digest=digest, url="")
+        unit = Unit(deployed, self._home, self._worker, (pid, begin))
         self._challenger = unit
         try:
             await self._run(unit, seconds)
@@ -304,7 +351,20 @@ class Supervisor:
         unit.deployed = unit.deployed.model_copy(update={"url": unit.url})
         self._write(self.record.model_copy(update={"challenger": unit.deployed}))
         self._spawn(self._mourn(unit))
+        self._spawn(self._follow_owner(unit))
         return unit.url
+
+    def _check_free(self, owner: tuple[int, str]) -> None:
+        other = self._challenger
+        if other is None or other.state != "ready" or other.owner in (None, owner):
+            return
+        age = time.monotonic() - other.begin
+        if age < TRIAL_SECONDS and _lives(other.owner):
+            raise DeployError(
+                f"{other.name} is on trial, for process {other.owner[0]} since {age:.0f} s; wait for its end and try "
+                f"again"
+            )
+        log.warning("%s is on trial for %.0f s and gives way", other.name, age)
 
     async def _run(self, unit: Unit, seconds: float) -> None:
         """Start and wait; a process that does not become ready is stopped."""
@@ -320,25 +380,47 @@ class Supervisor:
             await unit.stop()
             raise
 
-    async def _stop_challenger(self) -> None:
+    async def _stop_challenger(self, digest: str | None) -> None:
+        if self._challenger is not None and digest is not None:
+            self._check_is(self._challenger, digest)
         await self._drop_challenger()
         self._tidy()
 
-    async def _drop_challenger(self) -> None:
+    async def _drop_challenger(self, why: str = "") -> None:
         if (unit := self._challenger) is None:
             return
         await unit.stop()
+        if why:
+            unit.output.write(f"flowsentry: {why}\n".encode())
         self._challenger_log = unit.output.tail()
         unit.close()
         self._challenger = None
         self._write(self.record.model_copy(update={"challenger": None}))
 
-    async def _promote(self) -> dict[str, Any]:
+    def _check_is(self, challenger: Unit, digest: str) -> None:
+        if challenger.deployed.digest != digest:
+            raise DeployError(
+                f"the challenger is {challenger.name}, bundle {challenger.deployed.digest[:12]}, not bundle "
+                f"{digest[:12]}: another run has started it meanwhile"
+            )
+
+    async def _promote(self, digest: str, instead_of: str | None) -> dict[str, Any]:
         unit = self._challenger
         if unit is None:
             raise DeployError("there is no challenger to promote")
+        self._check_is(unit, digest)
+        champion = self.record.champion
+        if instead_of != (champion.digest if champion else None):
+            serving = f"model version {champion.model_version}, bundle {champion.digest[:12]}" if champion else "none"
+            raise DeployError(
+                f"the champion is {serving}, and {unit.name} was compared with "
+                f"{f'bundle {instead_of[:12]}' if instead_of else 'none'}: another run has changed it meanwhile; run "
+                f"the pipeline again"
+            )
         if unit.state != "ready":
             raise DeployError(f"the challenger, {unit.name}, cannot be promoted: {unit.problem}\n{unit.output.tail()}")
+        if await self.proxy.ask(unit.url, "GET", "/readyz", PROBE_SECONDS) != 200:
+            raise DeployError(f"the challenger, {unit.name}, does not answer; log {unit.output.path}")
         await self._switch(unit)
         self._tidy()
         return self.record.model_dump()
@@ -357,35 +439,42 @@ class Supervisor:
         return self.record.model_dump()
 
     async def _switch(self, unit: Unit) -> None:
-        """Make a ready service the champion: hold requests, let the old one store its streams, write, move traffic."""
+        """Make a ready service the champion: hold requests, let the old one store its streams, write, move traffic.
+
+        An old one that does not answer its requests, or does not let go of its streams, is killed: what it has not
+        stored is sent again by the clients.
+        """
         old = self._champion
-        try:
-            async with self.proxy.switching(DRAIN_SECONDS):
-                if old is not None and old.pid is not None and old.state == "ready":
-                    released = await self.proxy.ask(old.url, "POST", "/v1/release", RELEASE_SECONDS)
-                    if released != 200 and old.pid is not None:
-                        raise DeployError(
-                            f"the champion did not release its streams ({released or 'no answer'}) and stays; "
-                            f"log {old.output.path}"
-                        )
-                if unit.pid is None:
-                    raise DeployError(f"{unit.name} has died and cannot become the champion; log {unit.output.path}")
-                unit.deployed = unit.deployed.model_copy(update={"url": self.proxy.url})
-                before = self.record.champion
-                again = before is not None and before.digest == unit.deployed.digest
-                self._write(
-                    Record(
-                        champion=unit.deployed,
-                        previous=self.record.previous if again else before,
-                        challenger=None if unit is self._challenger else self.record.challenger,
-                    )
+        async with self.proxy.switching():
+            is_idle = await self.proxy.become_idle(DRAIN_SECONDS)
+            released = 200
+            if old is not None and old.pid is not None and old.state == "ready":
+                released = await self.proxy.ask(old.url, "POST", "/v1/release", RELEASE_SECONDS)
+            # From here to the new target nothing is waited for: nobody sees the old one dead and starts it again.
+            if unit.pid is None:
+                raise DeployError(f"{unit.name} has died and cannot become the champion; log {unit.output.path}")
+            if old is not None and not (is_idle and released == 200):
+                what = (
+                    "did not end its requests"
+                    if not is_idle
+                    else f"did not release its streams ({released or 'no answer'})"
                 )
-                self._champion = unit
-                if unit is self._challenger:
-                    self._challenger = None
-                self.proxy.point(unit.url)
-        except TimeoutError:
-            raise DeployError(f"requests took longer than {DRAIN_SECONDS:g} s; the champion stays, try again") from None
+                log.error("%s %s and is killed\n%s", old.name, what, old.output.tail())
+                old.kill()
+            unit.deployed = unit.deployed.model_copy(update={"url": self.proxy.url})
+            before = self.record.champion
+            again = before is not None and before.digest == unit.deployed.digest
+            self._write(
+                Record(
+                    champion=unit.deployed,
+                    previous=self.record.previous if again else before,
+                    challenger=None if unit is self._challenger else self.record.challenger,
+                )
+            )
+            self._champion = unit
+            if unit is self._challenger:
+                self._challenger = None
+            self.proxy.point(unit.url)
         log.info("%s is the champion", unit.name)
         self._spawn(self._keep(unit, started=True))
         if old is not None:
@@ -405,6 +494,7 @@ class Supervisor:
                     self.proxy.point(unit.url)
                     log.info("%s is ready", unit.name)
                 started = False
+                self._spawn(self._probe(unit))
                 status = await unit.ended()
                 if self._champion is not unit or self.ending.is_set():
                     return
@@ -425,6 +515,32 @@ class Supervisor:
                 return
             unit.restarts += 1
 
+    async def _probe(self, unit: Unit) -> None:
+        """Kill the champion's present process if it no longer answers; `_keep` starts the next one."""
+        pid, misses = unit.pid, 0
+        while pid is not None and misses < MOST_MISSES:
+            asked = time.monotonic()
+            answered = await self.proxy.ask(unit.url, "GET", "/livez", PROBE_SECONDS)
+            misses = 0 if answered else misses + 1
+            await asyncio.sleep(asked + PROBE_SECONDS - time.monotonic())
+            if self._champion is not unit or unit.pid != pid:
+                return
+        log.error("the champion, %s, has not answered %d times in a row and is killed", unit.name, misses)
+        unit.kill()
+
+    async def _follow_owner(self, unit: Unit) -> None:
+        """Stop a challenger that nobody has on trial any more."""
+        while unit.owner is not None and _lives(unit.owner):
+            await asyncio.sleep(OWNER_SECONDS)
+            if self._challenger is not unit:
+                return
+        async with self._one:
+            if self._challenger is unit and unit.owner is not None:
+                said = f"process {unit.owner[0]}, which had it on trial, has ended: it is stopped"
+                log.warning("the challenger, %s: %s", unit.name, said)
+                await self._drop_challenger(said)
+                self._tidy()
+
     async def _mourn(self, unit: Unit) -> None:
         """Record the death of a challenger."""
         status = await unit.ended()
@@ -438,6 +554,12 @@ class Supervisor:
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
 
+    async def _forget_streams(self) -> None:
+        """Remove old checkpoints, now and every day."""
+        while True:
+            await asyncio.to_thread(forget_streams, self._home / "state", time.time())
+            await asyncio.sleep(TIDY_SECONDS)
+
     def _write(self, record: Record) -> None:
         self.record = record
         write_atomically(self._home / "record.json", record.model_dump_json(indent=1))
@@ -445,7 +567,7 @@ class Supervisor:
     def _note_processes(self) -> None:
         """So that a next supervisor can end what this one leaves if it is killed."""
         pids = [unit.pid for unit in (self._champion, self._challenger) if unit is not None and unit.pid is not None]
-        write_atomically(self._home / "run" / "processes.json", json.dumps({pid: _started(pid) for pid in pids}))
+        write_atomically(self._home / "run" / "processes.json", json.dumps({pid: started(pid) for pid in pids}))
 
     def _tidy(self) -> None:
         """Forget bundles that nothing refers to, and old logs."""
@@ -458,6 +580,21 @@ class Supervisor:
         for path in logs[:-KEPT_LOGS]:
             if not any(path.name.startswith(f"service-{digest[:12]}") for digest in kept):
                 path.unlink(missing_ok=True)
+
+
+def forget_streams(state: Path, now: float) -> None:
+    """Remove the checkpoints of a folder that were not written for long, those set aside included.
+
+    Args:
+        state: the folder.
+        now: seconds since 1970.
+    """
+    for path in (*state.glob("*/*.state"), *state.glob("*/*.state.damaged")):
+        seconds = FORGET_TRIAL_SECONDS if _TRIAL.fullmatch(path.name.partition(".state")[0]) else FORGET_SECONDS
+        with contextlib.suppress(OSError):
+            if now - path.stat().st_mtime > seconds:
+                path.unlink()
+                log.info("removed %s, not written for %.0f days", path, seconds / 86_400)
 
 
 def ending(status: int) -> str:
@@ -523,7 +660,12 @@ def _kill_group(pid: int) -> None:
         os.killpg(pid, signal.SIGKILL)
 
 
-def _started(pid: int) -> str:
+def _lives(process: tuple[int, str]) -> bool:
+    pid, begin = process
+    return bool(begin) and started(pid) == begin
+
+
+def started(pid: int) -> str:
     """When a running process began: with the pid this names a process for good. Empty if it has ended."""
     if Path("/proc/self/stat").exists():
         try:
@@ -541,15 +683,14 @@ def _end_leftovers(path: Path) -> None:
         left = {int(pid): str(begin) for pid, begin in json.loads(path.read_text()).items()}
     except (OSError, ValueError, AttributeError):
         return
-    left = {pid: begin for pid, begin in left.items() if begin and _started(pid) == begin}
+    left = dict(filter(_lives, left.items()))
     for pid in left:
         os.kill(pid, signal.SIGTERM)
     limit = time.monotonic() + GRACE_SECONDS
-    while time.monotonic() < limit and any(_started(pid) == begin for pid, begin in left.items()):
+    while time.monotonic() < limit and any(map(_lives, left.items())):
         time.sleep(0.1)
-    for pid, begin in left.items():
-        if _started(pid) == begin:
-            _kill_group(pid)
+    for pid in filter(lambda pid: _lives((pid, left[pid])), left):
+        _kill_group(pid)
 
 
 def write_atomically(path: Path, text: str) -> None:
@@ -716,7 +857,7 @@ def main() -> int:
 
     try:
         asyncio.run(_serve(home, arguments.port, worker, report))
-    except DeployError as error:
+    except FlowSentryError as error:
         log.error("%s", error)
         report(str(error))
         return 1

@@ -154,10 +154,23 @@ def test_a_rollback_and_the_way_back_keep_zenml_equal(first: Ran, production: Lo
     assert newest != "1"
     rolled = run("--rollback")
     assert (rolled.status, rolled.err) == (0, "")
-    assert "Champion:   version 1," in rolled.out
-    assert "ZenML:      version 1 at stage production" in rolled.out
+    assert "champion    model version 1, bundle" in rolled.out
+    assert "ZenML       version 1 at stage production" in rolled.out
     assert serving(production) == "1"
     Client().get_model_version("flowsentry", newest).set_stage("production", force=True)
     status = run("--status")
     assert status.status == 1
     assert status.err == f"error: version 1 is in production, but ZenML has version {newest} at stage production\n"
+
+
+def test_the_status_starts_nothing_and_an_altered_bundle_does_not_keep_it_from_answering(
+    first: Ran, production: LocalDeployer
+) -> None:
+    production.stop()
+    record = production.record()
+    assert record.champion is not None
+    (production.home / "bundles" / record.champion.digest / "src" / "bundle.json").write_text("{}")
+    said = run("--status").out
+    assert f"bundle {record.champion.digest[:12]}" in said
+    assert "nothing runs" in said
+    assert not production.status().running

@@ -46,7 +46,7 @@ def champion(undeployed: object, folder: Path, detector: Detector) -> Iterator[L
     deployer = LocalDeployer()
     try:
         deployer.start_challenger(built.path, "7", built.digest)
-        deployer.promote()
+        deployer.promote(built.digest, None)
         yield deployer
     finally:
         deployer.stop()

@@ -5,6 +5,7 @@ Streams are counters, kept in the state folder as the service keeps its own. The
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import signal
@@ -44,6 +45,7 @@ async def verdicts(request: web.Request) -> web.Response:
     if version == "dies-of-a-flow" and b"poison" in await request.read():
         print("division by zero", flush=True)
         os._exit(9)
+    await asyncio.sleep(float(request.query.get("slow", "0")))
     name = request.query.get("stream", "default")
     streams()[name] = streams().get(name, 0) + 1
     answer = {"model_version": version, "seen": streams()[name], "body": len(await request.read()), "pid": os.getpid()}

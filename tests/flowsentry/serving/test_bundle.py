@@ -251,13 +251,13 @@ def test_bundles_are_deployed_with_compiled_code_and_streams_go_on(
     try:
         deployer.start_challenger(built.path, "3", built.digest)
         log = Path(deployer.status().challenger.log)  # type: ignore[union-attr]
-        deployer.promote()
+        deployer.promote(built.digest, None)
         endpoint = deployer.endpoint()
         assert ask(f"{endpoint.url}/v1/model", token=endpoint.token)["digest"] == built.digest
         verdicts = f"{endpoint.url}/v1/verdicts"
         assert ask(verdicts, {"flows": [FLOW]}, endpoint.token)["seen"] == 1
         deployer.start_challenger(other.path, "4", other.digest)
-        deployer.promote()
+        deployer.promote(other.digest, built.digest)
         answer = ask(verdicts, {"flows": [FLOW]}, endpoint.token)
         assert (answer["model_version"], answer["seen"]) == ("4", 2)
         deployer.rollback()

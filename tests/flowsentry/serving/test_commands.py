@@ -39,7 +39,12 @@ def test_a_champion_is_shown_and_stopped(
         assert str(deployer.endpoint().token) not in told
         assert main(["stop"]) == 0
         assert not processes(tmp_path / "home")
+        record = deployer.record()
+        assert record.champion is not None
+        altered = tmp_path / "home" / "bundles" / record.champion.digest / "src" / "bundle.json"
+        altered.write_text("{}")
         assert main(["status"]) == 0
+        assert not deployer.status().running
         assert "nothing runs" in capsys.readouterr().out
     finally:
         deployer.stop()

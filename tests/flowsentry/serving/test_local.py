@@ -26,17 +26,19 @@ import pytest
 from flowsentry.errors import ConfigError, DeployError
 from flowsentry.serving import bundle as bundles
 from flowsentry.serving import supervisor
-from flowsentry.serving.deployer import Endpoint
+from flowsentry.serving.deployer import Endpoint, Record
 from flowsentry.serving.local import LocalDeployer
 
 STAND_IN = Path(__file__).with_name("stand_in.py")
 REPOSITORY = Path(__file__).parents[3]
+THIS_PYTHON = f"{sys.version_info.major}.{sys.version_info.minor}"
 
 
-def make_bundle(folder: Path, version: str) -> tuple[Path, str, str]:
+def make_bundle(folder: Path, version: str, python: str = THIS_PYTHON) -> tuple[Path, str, str]:
     """Arguments of `start_challenger`."""
     (folder / version / "src").mkdir(parents=True)
-    (folder / version / "src" / "bundle.json").write_text(json.dumps({"model_version": version}))
+    about = {"model_version": version, "python": python}
+    (folder / version / "src" / "bundle.json").write_text(json.dumps(about))
     text = bundles._sums(folder / version)
     (folder / version / bundles.SUMS).write_text(text)
     return folder / version, version, hashlib.sha256(text.encode()).hexdigest()
@@ -91,8 +93,14 @@ def processes(home: Path) -> list[int]:
 def deploy(deployer: LocalDeployer, tmp_path: Path, version: str) -> str:
     bundle = make_bundle(tmp_path, version)
     deployer.start_challenger(*bundle)
-    deployer.promote()
+    promote(deployer, bundle[2])
     return bundle[2]
+
+
+def promote(deployer: LocalDeployer, digest: str) -> Record:
+    """Instead of whichever champion there is."""
+    champion = deployer.record().champion
+    return deployer.promote(digest, champion.digest if champion else None)
 
 
 def ask(endpoint: Endpoint, path: str = "/v1/verdicts", method: str = "POST", **options: Any) -> tuple[int, Any]:
@@ -169,11 +177,12 @@ def test_nothing_runs_before_it_is_needed(deployer: LocalDeployer) -> None:
 
 def test_a_challenger_answers_beside_the_champion_until_it_replaces_it(deployer: LocalDeployer, tmp_path: Path) -> None:
     first = deploy(deployer, tmp_path, "1")
-    challenger = deployer.start_challenger(*make_bundle(tmp_path, "2"))
+    second = make_bundle(tmp_path, "2")
+    challenger = deployer.start_challenger(*second)
     assert ask(deployer.endpoint())[1]["model_version"] == "1"
     assert ask(challenger)[1]["model_version"] == "2"
     assert challenger.url != deployer.endpoint().url
-    record = deployer.promote()
+    record = deployer.promote(second[2], first)
     assert record.champion is not None and record.previous is not None
     assert (record.champion.model_version, record.previous.digest, record.challenger) == ("2", first, None)
     assert record.champion.url == deployer.endpoint().url
@@ -193,10 +202,10 @@ def test_streams_go_on_over_a_switch_and_a_rollback(deployer: LocalDeployer, tmp
 
 
 def test_no_request_fails_while_champions_change(deployer: LocalDeployer, tmp_path: Path) -> None:
-    deploy(deployer, tmp_path, "1")
-    deployer.start_challenger(*make_bundle(tmp_path, "2"))
+    first, second = deploy(deployer, tmp_path, "1"), make_bundle(tmp_path, "2")
+    deployer.start_challenger(*second)
     with Load(deployer.endpoint(), 200) as load:
-        deployer.promote()
+        deployer.promote(second[2], first)
         deployer.rollback()
     assert set(load.statuses) == {200}
     assert set(load.versions) == {"1", "2"}
@@ -212,7 +221,7 @@ from pathlib import Path
 from flowsentry.serving.local import LocalDeployer
 deployer = LocalDeployer(Path({str(deployer.home)!r}), port=0, worker={str(STAND_IN)!r})
 deployer.start_challenger(Path({str(bundle[0])!r}), "1", {bundle[2]!r})
-deployer.promote()
+deployer.promote({bundle[2]!r}, None)
 """
     subprocess.run([sys.executable, "-c", program], cwd=REPOSITORY, check=True, timeout=30, start_new_session=True)
     assert ask(deployer.endpoint())[0] == 200
@@ -255,7 +264,8 @@ def test_a_challenger_that_is_never_ready_is_stopped(make: Make, tmp_path: Path)
 
 
 def test_the_death_of_a_challenger_is_recorded_and_it_stays_dead(served: LocalDeployer, tmp_path: Path) -> None:
-    challenger = served.start_challenger(*make_bundle(tmp_path, "dies-of-a-flow"))
+    bundle = make_bundle(tmp_path, "dies-of-a-flow")
+    challenger = served.start_challenger(*bundle)
     with pytest.raises(aiohttp.ClientError):
         ask(challenger, data=b"poison")
     until(lambda: served.record().challenger is None)
@@ -264,25 +274,85 @@ def test_the_death_of_a_challenger_is_recorded_and_it_stays_dead(served: LocalDe
     assert (dead.state, dead.exit_status, dead.pid, dead.restarts) == ("failed", 9, None, 0)
     assert "division by zero" in served.challenger_log()
     with pytest.raises(DeployError, match=r"(?s)ended with exit status 9.*division by zero"):
-        served.promote()
+        promote(served, bundle[2])
     assert ask(served.endpoint())[1]["model_version"] == "1"
     served.stop_challenger()
     assert served.status().challenger is None
     assert "division by zero" in served.challenger_log()
 
 
-def test_a_champion_that_does_not_let_go_stays(deployer: LocalDeployer, tmp_path: Path) -> None:
+def test_a_champion_that_does_not_let_go_is_killed_and_replaced(deployer: LocalDeployer, tmp_path: Path) -> None:
     deploy(deployer, tmp_path, "does-not-release")
-    deployer.start_challenger(*make_bundle(tmp_path, "2"))
-    with pytest.raises(DeployError, match="did not release its streams"):
-        deployer.promote()
-    assert ask(deployer.endpoint())[1]["model_version"] == "does-not-release"
-    assert deployer.record().challenger is not None
+    left = ask(deployer.endpoint())[1]["pid"]
+    deploy(deployer, tmp_path, "2")
+    assert left not in processes(deployer.home)
+    assert ask(deployer.endpoint())[1]["model_version"] == "2"
+    assert "did not release its streams (500)" in (deployer.home / "logs" / "supervisor.log").read_text()
+
+
+def test_only_the_tested_challenger_replaces_only_the_champion_that_it_was_compared_with(
+    served: LocalDeployer, tmp_path: Path
+) -> None:
+    champion = served.record().champion
+    assert champion is not None
+    gated, other = make_bundle(tmp_path, "gated"), make_bundle(tmp_path, "other")
+    served.start_challenger(*gated)
+    served.start_challenger(*other)
+    with pytest.raises(DeployError, match=r"the challenger is model version other, bundle .* not bundle"):
+        served.promote(gated[2], champion.digest)
+    with pytest.raises(DeployError, match="the challenger is model version other"):
+        served.stop_challenger(gated[2])
+    for instead_of, words in ((None, "was compared with none"), (gated[2], f"with bundle {gated[2][:12]}")):
+        with pytest.raises(DeployError, match=f"the champion is model version 1, .*{words}: another run"):
+            served.promote(other[2], instead_of)
+    record = served.record()
+    assert record.champion == champion and record.challenger is not None and record.challenger.digest == other[2]
+    served.stop_challenger(other[2])
+    served.stop_challenger(other[2])
+    assert served.status().challenger is None
+
+
+TRY = """
+import sys, time
+from pathlib import Path
+from flowsentry.serving.local import LocalDeployer
+deployer = LocalDeployer(Path({home!r}), port=0, worker={worker!r})
+deployer.start_challenger(Path({path!r}), {version!r}, {digest!r})
+print("ready", flush=True)
+time.sleep(60)
+"""
+
+
+def test_a_challenger_on_trial_is_left_alone_and_ends_with_the_process_that_tries_it(
+    served: LocalDeployer, tmp_path: Path
+) -> None:
+    path, version, digest = make_bundle(tmp_path, "tried")
+    program = TRY.format(home=str(served.home), worker=str(STAND_IN), path=str(path), version=version, digest=digest)
+    with subprocess.Popen([sys.executable, "-c", program], cwd=REPOSITORY, stdout=subprocess.PIPE) as other:
+        try:
+            assert other.stdout is not None and other.stdout.readline() == b"ready\n"
+            with pytest.raises(DeployError, match=rf"model version tried is on trial, for process {other.pid} since"):
+                served.start_challenger(*make_bundle(tmp_path, "2"))
+        finally:
+            other.kill()
+    tried = served.status().challenger
+    assert tried is not None and tried.pid is not None
+    until(lambda: served.status().challenger is None)
+    assert tried.pid not in processes(served.home)
+    assert served.challenger_log().endswith(f"process {other.pid}, which had it on trial, has ended: it is stopped")
+    assert served.record().challenger is None
+    assert ask(served.endpoint())[1]["model_version"] == "1"
+
+
+def test_a_bundle_for_another_python_is_not_served(served: LocalDeployer, tmp_path: Path) -> None:
+    with pytest.raises(DeployError, match=rf"built for Python 3\.9, and this is Python {THIS_PYTHON}: train again"):
+        served.start_challenger(*make_bundle(tmp_path, "old", python="3.9"))
+    assert served.status().challenger is None
 
 
 def test_there_is_nothing_to_promote_or_to_go_back_to(served: LocalDeployer, tmp_path: Path) -> None:
     with pytest.raises(DeployError, match="no challenger"):
-        served.promote()
+        promote(served, "0" * 64)
     with pytest.raises(DeployError, match="no previous champion"):
         served.rollback()
 
@@ -292,7 +362,7 @@ def test_the_same_bundle_again_keeps_the_previous_champion(deployer: LocalDeploy
     second = make_bundle(tmp_path, "2")
     for _ in range(2):
         deployer.start_challenger(*second)
-        record = deployer.promote()
+        record = promote(deployer, second[2])
         assert record.previous is not None and record.previous.digest == first
 
 
@@ -339,7 +409,7 @@ def test_start_repairs_what_a_killed_supervisor_leaves(deployer: LocalDeployer, 
 
 def test_a_supervisor_killed_at_any_point_of_a_switch_leaves_a_champion(make: Make, tmp_path: Path) -> None:
     deployer = make()
-    deploy(deployer, tmp_path, "1")
+    champion = deploy(deployer, tmp_path, "1")
     second = make_bundle(tmp_path, "2")
     found = set()
     for delay in (0.0, 0.004, 0.02):
@@ -347,7 +417,7 @@ def test_a_supervisor_killed_at_any_point_of_a_switch_leaves_a_champion(make: Ma
         pid = deployer.status().pid
         assert pid is not None
         with ThreadPoolExecutor() as pool:
-            promotion = pool.submit(deployer.promote)
+            promotion = pool.submit(deployer.promote, second[2], champion)
             time.sleep(delay)
             os.kill(pid, signal.SIGKILL)
             promotion.exception()
@@ -356,6 +426,7 @@ def test_a_supervisor_killed_at_any_point_of_a_switch_leaves_a_champion(make: Ma
         answered = ask(deployer.endpoint())[1]["model_version"]
         assert answered == status.record.champion.model_version
         found.add(answered)
+        champion = status.record.champion.digest
     assert found <= {"1", "2"}
 
 
@@ -425,8 +496,22 @@ def test_the_address_asks_for_the_token_and_shows_nothing_else(served: LocalDepl
 def test_bodies_pass_whole_up_to_a_limit(served: LocalDeployer) -> None:
     endpoint = served.endpoint()
     assert ask(endpoint, data=io.BytesIO(bytes(5_000_000)))[1]["body"] == 5_000_000
-    status, problem = ask(endpoint, data=io.BytesIO(bytes(65 << 20)))
+    status, problem = ask(endpoint, data=io.BytesIO(bytes((32 << 20) + 1)))
     assert (status, problem["code"]) == (413, "too_large")
+    assert problem["detail"] == f"the body is longer than {32 << 20} bytes"
+
+
+@pytest.mark.parametrize("path", ["/metrics", "/livez", "/readyz", "/healthz"])
+def test_what_asks_for_no_token_is_only_read_and_takes_no_body(served: LocalDeployer, path: str) -> None:
+    anybody = Endpoint(url=served.endpoint().url, token=None)
+    for method in ("POST", "PUT", "DELETE"):
+        status, problem = ask(anybody, path, method, data=b"x")
+        assert (status, problem["code"]) == (405, "method_not_allowed")
+    host, port = anybody.url.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=5) as connection:
+        # the body never comes, and is not waited for
+        connection.sendall(f"GET {path} HTTP/1.1\r\nHost: a\r\nContent-Length: 100000000\r\n\r\n".encode())
+        assert connection.recv(12) in (b"HTTP/1.1 200", b"HTTP/1.1 404")
 
 
 def test_a_home_with_a_long_path_has_its_socket_elsewhere(tmp_path: Path) -> None:
@@ -454,7 +539,177 @@ def test_a_champion_that_cannot_be_brought_back_can_be_rolled_back(deployer: Loc
     deployer.stop()
     assert not deployer.status().running
     (deployer.home / "bundles" / second / "src" / "bundle.json").write_text("{}")
-    with pytest.raises(DeployError, match=r"model version 2: .* is not what was built.*flowsentry rollback"):
+    with pytest.raises(DeployError, match=r"model version 2: .* is not what was built.*run.py --rollback"):
         deployer.start()
     deployer.rollback()
     assert ask(deployer.endpoint())[1]["model_version"] == "1"
+
+
+class Home:
+    """A supervisor within this process, with limits of its own."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        for name in ("bundles", "state", "run", "logs"):
+            (folder / name).mkdir(parents=True)
+        (folder / "token").write_text("secret")
+
+    async def serve(self, bundles: list[tuple[Path, str, str]], act: Callable[[supervisor.Supervisor], Any]) -> None:
+        """Deploy the bundles one after the other, do something, and end."""
+        served = supervisor.Supervisor(self.folder, Record(), "secret", (str(STAND_IN),))
+        await served.proxy.listen(supervisor.HOST, 0)
+        await served.begin()
+        try:
+            champion = None
+            for bundle in bundles:
+                await self.start(served, bundle)
+                await served.obey("promote", {"digest": bundle[2], "instead_of": champion})
+                champion = bundle[2]
+            await act(served)
+        finally:
+            await served.end()
+
+    async def start(self, served: supervisor.Supervisor, bundle: tuple[Path, str, str], owner: int = 0) -> None:
+        path, version, digest = bundle
+        pid = owner or os.getpid()
+        await served.obey(
+            "start_challenger",
+            {
+                "bundle": str(path),
+                "model_version": version,
+                "digest": digest,
+                "seconds": 15,
+                "owner": [pid, supervisor.started(pid)],
+            },
+        )
+
+
+async def post(served: supervisor.Supervisor, query: str = "") -> dict[str, Any]:
+    async with (
+        aiohttp.ClientSession(headers={"Authorization": "Bearer secret"}) as session,
+        session.post(f"{served.proxy.url}/v1/verdicts{query}", data=b"x") as answer,
+    ):
+        assert answer.status == 200
+        return dict(await answer.json())
+
+
+@pytest.mark.parametrize("busy", [False, True])
+@pytest.mark.parametrize("how", ["promote", "rollback"])
+def test_a_champion_that_hangs_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str, busy: bool
+) -> None:
+    monkeypatch.setattr(supervisor, "DRAIN_SECONDS", 0.3)
+    monkeypatch.setattr(supervisor, "RELEASE_SECONDS", 0.3)
+    home = Home(tmp_path / "home")
+    first, second, third = (make_bundle(tmp_path, version) for version in "123")
+
+    async def hang_and_replace(served: supervisor.Supervisor) -> None:
+        hung = (await post(served))["pid"]
+        os.kill(hung, signal.SIGSTOP)
+        waiting = asyncio.create_task(post(served, "?seen=1")) if busy else None
+        await asyncio.sleep(0.1)
+        if how == "promote":
+            await home.start(served, third)
+            await served.obey("promote", {"digest": third[2], "instead_of": second[2]})
+        else:
+            await served.obey("rollback", {"seconds": 15})
+        wanted = "3" if how == "promote" else "1"
+        assert (await post(served))["model_version"] == wanted
+        if waiting is not None:
+            assert (await waiting)["model_version"] == wanted
+        assert hung not in processes(home.folder)
+        assert served.record.champion is not None and served.record.champion.model_version == wanted
+        status = await served.obey("status", {})
+        assert (status["champion"]["restarts"], status["champion"]["healthy"]) == (0, True)
+
+    asyncio.run(home.serve([first, second], hang_and_replace))
+    assert not processes(home.folder)
+
+
+def test_a_champion_that_hangs_is_started_again_but_not_one_that_is_slow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(supervisor, "PROBE_SECONDS", 0.2)
+    monkeypatch.setattr(supervisor, "MOST_MISSES", 4)
+    home = Home(tmp_path / "home")
+
+    async def hang(served: supervisor.Supervisor) -> None:
+        hung = (await post(served, "?slow=1.5"))["pid"]
+        assert (await post(served))["pid"] == hung
+        os.kill(hung, signal.SIGSTOP)
+        assert (await post(served, "?seen=2"))["pid"] != hung
+        champion = (await served.obey("status", {}))["champion"]
+        assert (champion["restarts"], champion["exit_status"], champion["healthy"]) == (1, -9, True)
+
+    asyncio.run(home.serve([make_bundle(tmp_path, "1")], hang))
+    assert not processes(home.folder)
+
+
+def test_a_challenger_that_hangs_is_not_promoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "PROBE_SECONDS", 0.5)
+    home = Home(tmp_path / "home")
+    first, second = (make_bundle(tmp_path, version) for version in "12")
+
+    async def hang(served: supervisor.Supervisor) -> None:
+        await home.start(served, second)
+        os.kill((await served.obey("status", {}))["challenger"]["pid"], signal.SIGSTOP)
+        with pytest.raises(DeployError, match="model version 2, does not answer"):
+            await served.obey("promote", {"digest": second[2], "instead_of": first[2]})
+        assert (await post(served))["model_version"] == "1"
+        os.kill((await served.obey("status", {}))["challenger"]["pid"], signal.SIGKILL)
+
+    asyncio.run(home.serve([first], hang))
+
+
+def test_a_trial_that_takes_too_long_gives_way(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home = Home(tmp_path / "home")
+    first, second = (make_bundle(tmp_path, version) for version in "12")
+
+    async def overlap(served: supervisor.Supervisor) -> None:
+        await home.start(served, first, owner=os.getppid())
+        with pytest.raises(DeployError, match="model version 1 is on trial"):
+            await home.start(served, second)
+        monkeypatch.setattr(supervisor, "TRIAL_SECONDS", 0.0)
+        await home.start(served, second)
+        assert served.record.challenger is not None and served.record.challenger.digest == second[2]
+
+    asyncio.run(home.serve([], overlap))
+
+
+def test_checkpoints_that_nobody_needs_are_removed(tmp_path: Path) -> None:
+    now, day = time.time(), 86_400
+    ages = {
+        "default.state": 29,
+        "old.state": 31,
+        "young.state.damaged": 29,
+        "old.state.damaged": 31,
+        "gate-0123456789abcdef.state": 2,
+        "gate-fedcba9876543210.state": 0.5,
+        "gate-0123456789abcdef.state.damaged": 2,
+        "replay-01234567.state": 2,
+        "score-01234567.state": 2,
+        "gate-north.state": 2,
+        "notes.txt": 99,
+    }
+    folder = tmp_path / "behaviour-2"
+    folder.mkdir()
+    for name, age in ages.items():
+        (folder / name).write_text("")
+        os.utime(folder / name, (now, now - age * day))
+    supervisor.forget_streams(tmp_path, now)
+    assert {path.name for path in folder.iterdir()} == {
+        "default.state", "young.state.damaged", "gate-fedcba9876543210.state", "gate-north.state", "notes.txt",
+    }  # fmt: skip
+
+
+def test_a_start_removes_old_checkpoints(deployer: LocalDeployer, tmp_path: Path) -> None:
+    deploy(deployer, tmp_path, "1")
+    deployer.stop()
+    old, new = (deployer.home / "state" / "behaviour-2" / f"{name}.state" for name in ("old", "new"))
+    old.parent.mkdir()
+    for path in (old, new):
+        path.write_text("")
+    os.utime(old, (0, 0))
+    deployer.start()
+    until(lambda: not old.exists())
+    assert new.exists()
