@@ -146,7 +146,7 @@ def trial(
         on_progress: told in a line what is being done.
 
     Raises:
-        DeployError: it does not become ready.
+        DeployError: it does not become ready, or another one is on trial, or has taken its place meanwhile.
     """
     endpoint = deployer.start_challenger(bundle, model_version, digest)
     passed = False
@@ -167,7 +167,7 @@ def trial(
         return decision if passed else decision.model_copy(update={"log": deployer.challenger_log()})
     finally:
         if not passed:
-            deployer.stop_challenger()
+            deployer.stop_challenger(digest)
 
 
 def check(

@@ -118,7 +118,7 @@ def bench(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Be
     deployer = LocalDeployer(folder / "home", port=0)
     try:
         deployer.start_challenger(bundle.path, "1", bundle.digest)
-        deployer.promote()
+        deployer.promote(bundle.digest, None)
         endpoint = deployer.endpoint()
         with Client(endpoint.url, endpoint.token, patience=5) as client:
             yield Bench(case, deployer, bundle.path, folder, StreamClient(client, "production"))
