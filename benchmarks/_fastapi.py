@@ -141,8 +141,5 @@ def _verdict(judged: Judged, n: int, flow: Flow) -> Verdict:
         first_alarm=datetime.fromtimestamp(alarm / 1000, UTC) if alarm else None,
         model_version="1",
         view_version=detector.manifest.version,
-        reasons=[Reason(share=reason["weight"], **{k: reason[k] for k in _SHOWN}) for reason in found],  # type: ignore[literal-required]
+        reasons=[Reason(**reason) for reason in found],
     )
-
-
-_SHOWN = ("feature", "value", "unit", "text")

@@ -30,7 +30,7 @@ from flowsentry.learning.effects import EffectSizes
 from flowsentry.learning.families import Family
 from flowsentry.learning.families import fit as fit_model
 from flowsentry.learning.model import Model, Parameters
-from flowsentry.reasons import Reason, explain
+from flowsentry.reasons import Reason, Told, tell
 
 CEILING: Final = 12.0
 """Highest surprise: the tail of a few thousand flows says nothing beyond it."""
@@ -265,8 +265,12 @@ class Judged:
 
         A flow that became malicious in an earlier report is explained by what this one still shows.
         """
+        return list(self.told(positions).reasons())
+
+    def told(self, positions: np.ndarray) -> Told:
+        """`reasons` as arrays."""
         rows = self.rows.iloc[positions] if isinstance(self.rows, pd.DataFrame) else self.rows[positions]
-        return explain(self.detector, rows)
+        return tell(self.detector, rows)
 
     def table(self, *, explained: bool = True) -> pd.DataFrame:
         """The columns of `Detector.verdicts`; without reasons those that need them are empty."""
@@ -275,12 +279,10 @@ class Judged:
         reasons: list[list[Reason] | None] = [None] * count
         kinds: list[str | None] = [None] * count
         windows: list[str | None] = [None] * count
-        features = {feature.name: feature for feature in self.detector.manifest.features}
-        for place, found in zip(alarms.tolist(), self.reasons(alarms), strict=True):
-            reasons[place] = found
-            if found:
-                leading = features[found[0]["feature"]]
-                kinds[place], windows[place] = leading.anomaly, leading.window
+        told = self.told(alarms)
+        leading = [told.features[j] for j in told.leading().tolist()]
+        for place, found, feature in zip(alarms.tolist(), told.reasons(), leading, strict=True):
+            reasons[place], kinds[place], windows[place] = found, feature.anomaly, feature.window
         alarm = np.where(self.first_alarm > 0, self.first_alarm, np.iinfo(np.int64).min)
         return pd.DataFrame(
             {

@@ -21,7 +21,9 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_left
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Final, TypedDict
 from weakref import WeakKeyDictionary
 
@@ -29,6 +31,7 @@ import numpy as np
 import pandas as pd
 
 from flowsentry.features.views import Feature, ViewManifest
+from flowsentry.flows.hashing import compiled
 from flowsentry.learning.model import Model, node_scores
 from flowsentry.learning.tails import SignedTails
 
@@ -43,6 +46,11 @@ _ROWS: Final = 500
 """Rows that are explained at a time: their arrays stay in the cache."""
 _FEW: Final = 16
 """Rows up to which plain bisection is faster than numpy's."""
+AT_HAND: Final = 64
+"""Rows whose answers exist as objects at a time: of many more, Python's collector would look through all, again and
+again."""
+_WORDED: Final = 2048
+"""Values of one feature whose words are kept; values come again, above all in a flood."""
 
 _SHOWN: Final = {"share": (100.0, "%"), "ns": (1e-9, " s"), "ratio": (1.0, " times")}
 """Units that read better as others: factor and ending."""
@@ -55,10 +63,53 @@ class Reason(TypedDict):
     value: float | None
     """In the feature's unit; the rank of a category; None for an identity, which is never told."""
     unit: str
+    share: float
+    """Of all that speaks for malice, 0..1. It is 0 where the model's terms name nothing: then the features at their
+    minimum effect, or the one furthest from ordinary, are told."""
     text: str
-    weight: float
-    """Share of all that speaks for malice, 0..1. It is 0 where the model's terms name nothing: then the features at
-    their minimum effect, or the one furthest from ordinary, are told."""
+
+
+@dataclass(frozen=True, eq=False)
+class Told:
+    """The reasons of some rows one after the other; those of row i are from `ends[i]` up to `ends[i + 1]`, best first.
+
+    What `Reason` says of its members holds here too.
+    """
+
+    features: tuple[Feature, ...]
+    """The view's."""
+    ends: np.ndarray
+    """int64 [rows + 1]; every row has a reason."""
+    feature: np.ndarray
+    """int64 [reasons]: place among `features`."""
+    value: np.ndarray
+    """float64 [reasons]; 0 for an identity."""
+    hidden: np.ndarray
+    """bool [reasons]: the value is an identity."""
+    share: np.ndarray
+    """float64 [reasons]."""
+    text: list[str]
+    """[reasons]."""
+
+    def leading(self) -> np.ndarray:
+        """int64 [rows]: the feature of each row's best reason."""
+        return np.asarray(self.feature[self.ends[:-1]])
+
+    def reasons(self) -> Iterator[list[Reason]]:
+        """As objects, for each row; only those of a few rows are made before they are asked for."""
+        names, units = [f.name for f in self.features], [f.unit for f in self.features]
+        for first in range(0, len(self.ends) - 1, AT_HAND):
+            ends = self.ends[first : first + AT_HAND + 1].tolist()
+            part, start = slice(ends[0], ends[-1]), ends[0]
+            values: list[float | None] = self.value[part].tolist()
+            for place in np.flatnonzero(self.hidden[part]).tolist():
+                values[place] = None
+            columns = zip(self.feature[part].tolist(), values, self.share[part].tolist(), self.text[part], strict=True)
+            flat: list[Reason] = [
+                {"feature": names[j], "value": value, "unit": units[j], "share": share, "text": text}
+                for j, value, share, text in columns
+            ]
+            yield from [flat[begin - start : end - start] for begin, end in pairwise(ends)]
 
 
 def explain(detector: Detector, rows: np.ndarray | pd.DataFrame) -> list[list[Reason]]:
@@ -72,12 +123,12 @@ def explain(detector: Detector, rows: np.ndarray | pd.DataFrame) -> list[list[Re
         For each row one to `MOST` reasons, best first. Where terms are equal, a feature at its minimum effect comes
         before others. The reasons of a row do not depend on the rows that are explained with it.
     """
-    explainer = _explainer(detector)
-    told: list[list[Reason]] = []
-    for begin in range(0, len(rows), _ROWS):
-        part = slice(begin, begin + _ROWS)
-        told += explainer.explain(detector.model, rows.iloc[part] if isinstance(rows, pd.DataFrame) else rows[part])
-    return told
+    return list(tell(detector, rows).reasons())
+
+
+def tell(detector: Detector, rows: np.ndarray | pd.DataFrame) -> Told:
+    """`explain` as arrays."""
+    return _explainer(detector).tell(detector.model, rows)
 
 
 _EXPLAINERS: WeakKeyDictionary[Model, _Explainer] = WeakKeyDictionary()
@@ -114,31 +165,40 @@ class _Explainer:
         elif model.family == "tails":
             self.tails = _Tails(estimator)
             self.kept = {"max": 1, "top3": 3}.get(str(model.params["combine"]), self.kept)
-        self.write = [
-            _sentence(feature, manifest, model, transform.ranks.get(feature.name)) for feature in self.features
+        self.words = [
+            _Words(_sentence(feature, manifest, model, transform.ranks.get(feature.name))) for feature in self.features
         ]
+        self.identity = np.array([feature.identity for feature in self.features], bool)
         self.limits: dict[tuple[int, int], str] = {}
 
-    def explain(self, model: Model, rows: np.ndarray | pd.DataFrame) -> list[list[Reason]]:
-        values, X = self._read(rows)
-        leaves = None if self.tree is None else self.tree.leaves(X)
-        terms, counted = self.evidence(model, values, X, leaves)
-        excess = np.where(values >= self.minimum, (X - self.at_effect) * self.unit, -np.inf)
-        found = np.asarray(counted.any(axis=1))
-        if not found.all():
-            terms, counted = self._stand_in(X, terms, counted, excess, ~found)
-        order = np.lexsort((-excess, -np.where(counted, terms, -np.inf)), axis=1)[:, : self.kept]
-        best = order[:, :MOST]
-        # A running sum adds in one order whatever the number of rows.
-        positive = np.where(counted, np.maximum(terms, 0.0), 0.0)
-        total = np.take_along_axis(positive, order, axis=1).cumsum(axis=1)[:, -1:]
-        alike = 1.0 / np.minimum(counted.sum(axis=1, keepdims=True), self.kept)
-        shares = np.where(
-            total > 0, np.take_along_axis(positive, best, axis=1) / np.where(total > 0, total, 1.0), alike
-        )
-        told = np.take_along_axis(counted, best, axis=1) & ((shares >= NEGLIGIBLE) | (np.arange(best.shape[1]) == 0))
-        shares = np.where(found[:, None], shares, 0.0).round(4)
-        return self._tell(best, told.sum(axis=1), shares, np.take_along_axis(values, best, axis=1), leaves)
+    def tell(self, model: Model, rows: np.ndarray | pd.DataFrame) -> Told:
+        count, most = len(rows), len(rows) * MOST
+        features, told, shares = np.empty(most, np.int64), np.empty(most), np.empty(most)
+        ends = np.zeros(count + 1, np.int64)
+        leaf = None if self.tree is None else np.empty(count, np.int64)
+        for begin in range(0, count, _ROWS):
+            part = slice(begin, begin + _ROWS)
+            values, X = self._read(rows.iloc[part] if isinstance(rows, pd.DataFrame) else rows[part])
+            leaves = None
+            if self.tree is not None and leaf is not None:
+                leaves = leaf[part] = self.tree.leaves(X)
+            terms, counted = self.evidence(model, values, X, leaves)
+            found = np.asarray(counted.any(axis=1))
+            if not found.all():
+                terms, counted = self._stand_in(values, X, terms, counted, ~found)
+            arrays = (values, X, terms, counted, found, self.minimum, self.at_effect, self.unit)
+            _choose(*arrays, self.kept, begin, features, told, shares, ends)
+        feature, share = features[: ends[-1]], shares[: ends[-1]].round(4)
+        # float32 has no more digits; the others are only noise. Adding 0 makes a negative zero an ordinary one.
+        value = told[: ends[-1]].round(6) + 0.0
+        words, places = self.words, feature.tolist()
+        text = [words[j][number] for j, number in zip(places, value.tolist(), strict=True)]
+        if leaf is not None:
+            at = zip(text, np.repeat(leaf, np.diff(ends)).tolist(), places, strict=True)
+            text = [what + self._limit(end, j) for what, end, j in at]
+        hidden = self.identity[feature]
+        value[hidden] = 0.0
+        return Told(self.features, ends, feature, value, hidden, share, text)
 
     def evidence(
         self, model: Model, values: np.ndarray, X: np.ndarray, leaves: np.ndarray | None
@@ -161,7 +221,7 @@ class _Explainer:
     def _read(self, rows: np.ndarray | pd.DataFrame) -> tuple[np.ndarray, np.ndarray]:
         """The view's numbers as they are, a category's rank among them, and as the model sees them."""
         if isinstance(rows, np.ndarray):
-            return rows.astype(np.float64), self.transform.apply_values(rows)
+            return rows.astype(np.float64, order="C"), self.transform.apply_values(rows)
         X = self.transform.apply(rows)
         values = np.empty(X.shape)
         for j, feature in enumerate(self.features):
@@ -189,45 +249,17 @@ class _Explainer:
         return terms
 
     def _stand_in(
-        self, X: np.ndarray, terms: np.ndarray, counted: np.ndarray, excess: np.ndarray, lost: np.ndarray
+        self, values: np.ndarray, X: np.ndarray, terms: np.ndarray, counted: np.ndarray, lost: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """For `lost` rows, whose terms name nothing, the features with an effect, or else the one furthest away."""
         away = self._away(X[lost])
         furthest = np.zeros(away.shape, bool)
         furthest[np.arange(len(away)), away.argmax(axis=1)] = True
-        effect = excess[lost] > -np.inf
+        effect = values[lost] >= self.minimum
         terms, counted = terms.copy(), counted.copy()
-        terms[lost] = np.where(effect, excess[lost], away)
+        terms[lost] = np.where(effect, (X[lost] - self.at_effect) * self.unit, away)
         counted[lost] = np.where(effect.any(axis=1, keepdims=True), effect, furthest)
         return terms, counted
-
-    def _tell(
-        self, best: np.ndarray, count: np.ndarray, shares: np.ndarray, values: np.ndarray, leaves: np.ndarray | None
-    ) -> list[list[Reason]]:
-        features, write = self.features, self.write
-        names, units = [f.name for f in features], [f.unit for f in features]
-        hidden = [f.identity for f in features]
-        # float32 has no more digits; the others are only noise.
-        columns = zip(best.tolist(), count.tolist(), shares.tolist(), values.round(6).tolist(), strict=True)
-        told: list[list[Reason]] = []
-        for row, (places, most, weights, numbers) in enumerate(columns):
-            reasons: list[Reason] = []
-            for k in range(most):
-                j, value = places[k], numbers[k]
-                text = write[j](value)
-                if leaves is not None:
-                    text += self._limit(int(leaves[row]), j)
-                reasons.append(
-                    {
-                        "feature": names[j],
-                        "value": None if hidden[j] else value,
-                        "unit": units[j],
-                        "text": text,
-                        "weight": weights[k],
-                    }
-                )
-            told.append(reasons)
-        return told
 
     def _limit(self, leaf: int, j: int) -> str:
         """What the decisions on the way to a leaf ask of a feature."""
@@ -248,6 +280,89 @@ class _Explainer:
                 number = 2**number - 1 if self.transform.scale == "log" else number
                 asked.append(f"{word} {_number(number * factor)}{ending}")
         return f", the tree asks for {' and '.join(asked)}" if asked else ""
+
+
+@compiled
+def _choose(
+    values: np.ndarray,
+    X: np.ndarray,
+    terms: np.ndarray,
+    counted: np.ndarray,
+    found: np.ndarray,
+    minimum: np.ndarray,
+    at_effect: np.ndarray,
+    unit: np.ndarray,
+    kept: int,
+    begin: int,
+    feature: np.ndarray,
+    value: np.ndarray,
+    share: np.ndarray,
+    ends: np.ndarray,
+) -> None:
+    """Write the reasons of rows behind those of the `begin` rows before: feature, value, share and where they end.
+
+    Args:
+        values: float64 [rows, features], and so are X, terms and counted (bool).
+        X: as the model sees the values.
+        terms: what speaks for malice.
+        counted: terms that may be named, at least one in every row.
+        found: bool [rows]; the terms of the others are not the model's, their shares are 0.
+        minimum: minimum effects, inf where there is none.
+        at_effect: the same in X.
+        unit: of X.
+        kept: terms that have a share.
+        begin: rows before.
+        feature: int64, written to.
+        value: float64, written to.
+        share: float64, written to.
+        ends: int64, written to.
+    """
+    rows, width = terms.shape
+    order, excess = np.empty(width, np.int64), np.empty(width)
+    told = ends[begin]
+    for i in range(rows):
+        count = 0
+        for j in range(width):
+            if not counted[i, j]:
+                continue
+            term, beyond = terms[i, j], -np.inf
+            if values[i, j] >= minimum[j]:
+                beyond = (X[i, j] - at_effect[j]) * unit[j]
+            place = count
+            while place > 0:
+                before = order[place - 1]
+                if terms[i, before] > term or (terms[i, before] == term and excess[place - 1] >= beyond):
+                    break
+                order[place], excess[place] = before, excess[place - 1]
+                place -= 1
+            order[place], excess[place] = j, beyond
+            count += 1
+        count = min(count, kept)
+        total = 0.0
+        for place in range(count):
+            total += max(terms[i, order[place]], 0.0)
+        for place in range(min(count, MOST)):
+            j = order[place]
+            part = max(terms[i, j], 0.0) / total if total > 0 else 1.0 / count
+            if place > 0 and part < NEGLIGIBLE:
+                break
+            feature[told], value[told] = j, values[i, j]
+            share[told] = part if found[i] else 0.0
+            told += 1
+        ends[begin + i + 1] = told
+
+
+class _Words(dict[float, str]):
+    """What values of a feature mean, in words: those of the latest values are kept."""
+
+    def __init__(self, write: Callable[[float], str]) -> None:
+        self._write = write
+
+    def __missing__(self, value: float) -> str:
+        if len(self) >= _WORDED:
+            self.clear()
+        text = self[value] = self._write(value)
+        return text
 
 
 class _Paths:
@@ -368,6 +483,8 @@ def _ordinary_range(feature: Feature, statistics: dict[str, float], whole: bool)
 
 def _number(value: float) -> str:
     """Three digits of a fraction, all of a whole number below 10^15."""
-    if abs(value) < 1e15 and (abs(value) >= 100 or value == int(value)):
-        return f"{value:,.0f}"
+    if -1e15 < value < 1e15:
+        whole = round(value)
+        if value == whole or value >= 100 or value <= -100:
+            return f"{whole:,}"
     return f"{value:.3g}"

@@ -168,8 +168,7 @@ def verdict_table(reports: pd.DataFrame, detector: Detector, model_version: str)
 
 def _json(reasons: Sequence[dict[str, object]]) -> str:
     """As `serving.wire` writes them."""
-    names = {"feature": "feature", "value": "value", "unit": "unit", "share": "weight", "text": "text"}
-    return orjson.dumps([{name: reason[ours] for name, ours in names.items()} for reason in reasons]).decode()
+    return orjson.dumps(reasons).decode()
 
 
 def summarise(

@@ -5,8 +5,10 @@ Nothing goes through pandas.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from heapq import merge
+from itertools import islice
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any, Final
 
@@ -18,13 +20,13 @@ import pyarrow as pa
 from flowsentry.errors import ServiceError
 from flowsentry.flows.columns import Columns, has_payload
 from flowsentry.flows.schema import BENIGN, MALICIOUS, conform
+from flowsentry.reasons import AT_HAND
 from flowsentry.serving import _arrow
 from flowsentry.serving._values import COLUMNS, MISSING, Fields, Rejects, check, fields
 from flowsentry.serving.protocol import ARROW, JSON, NDJSON
 
 if TYPE_CHECKING:
     from flowsentry.detector import Judged
-    from flowsentry.reasons import Reason
 
 MEDIA_TYPES: Final = (JSON, NDJSON, ARROW)
 
@@ -268,13 +270,16 @@ def answer(media_type: str, head: Head, judged: Judged | None, batch: Batch) -> 
     """
     if media_type == ARROW:
         return _arrow_answer(head, judged, batch)
-    verdicts = [] if judged is None else _verdicts(head, judged, batch)
-    rejects = [{"index": place, "reason": reason} for place, reason in batch.rejected]
+    verdicts: Iterator[dict[str, Any]] = iter(()) if judged is None else _verdicts(head, judged, batch)
     if media_type == NDJSON:
-        lines = [*verdicts, *({"index": reject["index"], "rejected": reject["reason"]} for reject in rejects)]
-        if rejects:
-            lines.sort(key=itemgetter("index"))
+        lines = verdicts
+        if batch.rejected:
+            rejects = ({"index": place, "rejected": reason} for place, reason in batch.rejected)
+            lines = merge(verdicts, rejects, key=itemgetter("index"))
         return b"".join([orjson.dumps(line, option=orjson.OPT_APPEND_NEWLINE) for line in lines])
+    parts = []
+    while some := list(islice(verdicts, AT_HAND)):
+        parts.append(orjson.dumps(some)[1:-1])
     return orjson.dumps(
         {
             "stream": head.stream,
@@ -284,78 +289,45 @@ def answer(media_type: str, head: Head, judged: Judged | None, batch: Batch) -> 
             "view": head.view,
             "view_version": head.view_version,
             "threshold": head.threshold,
-            "verdicts": verdicts,
-            "rejected": rejects,
+            "verdicts": orjson.Fragment(b"[%b]" % b",".join(parts)),
+            "rejected": [{"index": place, "reason": reason} for place, reason in batch.rejected],
         }
     )
 
 
-@dataclass(frozen=True)
-class _Alarms:
-    """What only malicious flows have, by their place among the good ones."""
-
-    places: np.ndarray
-    reasons: list[list[dict[str, Any]]]
-    kinds: Sequence[str]
-    windows: Sequence[str]
-
-
-def _alarms(judged: Judged) -> _Alarms:
-    places = np.flatnonzero(judged.malicious)
-    if not len(places):
-        return _Alarms(places, [], [], [])
-    features = {feature.name: feature for feature in judged.detector.manifest.features}
-    found = judged.reasons(places)
-    leading = [features[reasons[0]["feature"]] for reasons in found]
-    return _Alarms(
-        places,
-        [[_reason(reason) for reason in reasons] for reasons in found],
-        [feature.anomaly for feature in leading],
-        [feature.window for feature in leading],
-    )
-
-
-def _reason(reason: Reason) -> dict[str, Any]:
-    return {
-        "feature": reason["feature"],
-        "value": reason["value"],
-        "unit": reason["unit"],
-        "share": reason["weight"],
-        "text": reason["text"],
-    }
-
-
-def _verdicts(head: Head, judged: Judged, batch: Batch) -> list[dict[str, Any]]:
+def _verdicts(head: Head, judged: Judged, batch: Batch) -> Iterator[dict[str, Any]]:
     threshold, model_version, view_version = head.threshold, head.model_version, head.view_version
     none: list[Any] = []
-    verdicts = [
-        {
+    alarms = _alarms(judged)
+    malicious = judged.malicious.tolist()
+    columns = (batch.index.tolist(), batch.flow_ids, judged.score.tolist(), judged.warm.tolist(), malicious)
+    for place, flow_id, score, warm, is_malicious in zip(*columns, strict=True):
+        kind, window, time, reasons = next(alarms) if is_malicious else (None, None, None, none)
+        yield {
             "index": place,
             "flow_id": flow_id,
-            "label": BENIGN,
+            "label": MALICIOUS if is_malicious else BENIGN,
             "anomaly_score": score,
             "threshold": threshold,
-            "anomaly_type": None,
-            "baseline_window": None,
+            "anomaly_type": kind,
+            "baseline_window": window,
             "warm": warm,
-            "first_alarm": None,
+            "first_alarm": time,
             "model_version": model_version,
             "view_version": view_version,
-            "reasons": none,
+            "reasons": reasons,
         }
-        for place, flow_id, score, warm in zip(
-            batch.index.tolist(), batch.flow_ids, judged.score.tolist(), judged.warm.tolist(), strict=True
-        )
-    ]
-    alarms = _alarms(judged)
-    if len(alarms.places):
-        times = _rfc3339(judged.first_alarm[alarms.places])
-        rows = zip(alarms.places.tolist(), alarms.kinds, alarms.windows, times, alarms.reasons, strict=True)
-        for place, kind, window, time, reasons in rows:
-            verdicts[place].update(
-                label=MALICIOUS, anomaly_type=kind, baseline_window=window, first_alarm=time, reasons=reasons
-            )
-    return verdicts
+
+
+def _alarms(judged: Judged) -> Iterator[tuple[str | None, str | None, str | None, list[Any]]]:
+    """What only malicious flows have: kind, window, time of the first alarm, and reasons."""
+    places = np.flatnonzero(judged.malicious)
+    if not len(places):
+        return iter(())
+    told = judged.told(places)
+    of_feature = [(feature.anomaly, feature.window) for feature in told.features]
+    kinds, windows = zip(*[of_feature[j] for j in told.leading().tolist()], strict=True)
+    return zip(kinds, windows, _rfc3339(judged.first_alarm[places]), told.reasons(), strict=True)
 
 
 def _rfc3339(milliseconds: np.ndarray) -> list[str | None]:
@@ -419,29 +391,31 @@ def _arrow_answer(head: Head, judged: Judged | None, batch: Batch) -> bytes:
 
 def _verdict_columns(head: Head, judged: Judged, batch: Batch) -> list[pa.Array]:
     """Columns of `ANSWER` from `flow_id` to `reasons`, one row per good flow."""
-    count, alarms = len(batch.index), _alarms(judged)
-    kinds, windows = pa.nulls(count, pa.string()), pa.nulls(count, pa.string())
-    lengths = np.zeros(count, np.int32)
-    if len(alarms.places):
-        place = np.full(count, -1)
-        place[alarms.places] = np.arange(len(alarms.places))
-        taken = pa.array(place, mask=place < 0)
-        kinds = pa.array(alarms.kinds, pa.string()).take(taken)
-        windows = pa.array(alarms.windows, pa.string()).take(taken)
-        lengths[alarms.places] = [len(reasons) for reasons in alarms.reasons]
-    flat = [reason for reasons in alarms.reasons for reason in reasons]
-    parts = [pa.array([reason[field.name] for reason in flat], field.type) for field in _REASON]
-    offsets = np.zeros(count + 1, np.int32)
-    np.cumsum(lengths, out=offsets[1:])
-    reasons = pa.ListArray.from_arrays(pa.array(offsets), pa.StructArray.from_arrays(parts, fields=list(_REASON)))
+    count, places = len(batch.index), np.flatnonzero(judged.malicious)
+    told = judged.told(places)
+    features, ends = told.features, np.zeros(count + 1, np.int32)
+    ends[places + 1] = np.diff(told.ends)
+    leading = np.full(count, -1)
+    leading[places] = told.leading()
+    taken = pa.array(leading, mask=leading < 0)
+    parts = [
+        pa.array([feature.name for feature in features], pa.string()).take(pa.array(told.feature)),
+        pa.array(told.value, mask=told.hidden),
+        pa.array([feature.unit for feature in features], pa.string()).take(pa.array(told.feature)),
+        pa.array(told.share),
+        pa.array(told.text, pa.string()),
+    ]
+    reasons = pa.ListArray.from_arrays(
+        pa.array(np.cumsum(ends, dtype=np.int32)), pa.StructArray.from_arrays(parts, fields=list(_REASON))
+    )
     alarm = pa.array(judged.first_alarm, mask=judged.first_alarm == 0)
     return [
         pa.array(batch.flow_ids, pa.string()),
         _LABELS.take(pa.array(judged.malicious.astype(np.int8))),
         pa.array(judged.score),
         pa.repeat(pa.scalar(head.threshold, pa.float64()), count),
-        kinds,
-        windows,
+        pa.array([feature.anomaly for feature in features], pa.string()).take(taken),
+        pa.array([feature.window for feature in features], pa.string()).take(taken),
         pa.array(judged.warm),
         alarm.cast(pa.timestamp("ms", "UTC")),
         pa.repeat(head.model_version, count),

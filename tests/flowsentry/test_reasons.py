@@ -5,6 +5,7 @@ import json
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import pandas as pd
@@ -153,7 +154,7 @@ def test_a_feature_exactly_at_its_minimum_effect_is_all_the_reason_there_is(
     row = np.zeros((1, len(NAMES)), np.float32)
     row[0, NAMES.index("edge_fail_burst")] = 17
     ((only,),) = explain(trained["behaviour", "effects"], row)
-    assert (only["feature"], only["weight"]) == ("edge_fail_burst", 1)
+    assert (only["feature"], only["share"]) == ("edge_fail_burst", 1)
 
 
 @both
@@ -181,7 +182,7 @@ def test_only_surprises_that_entered_the_combination_are_named(
     found = explain(replace(detector, model=replace(detector.model, params={"combine": combine})), rows)
     assert max(map(len, found)) == most
     if combine != "sum":
-        assert [sum(r["weight"] for r in row) for row in found] == pytest.approx([1] * len(found), abs=0.02)
+        assert [sum(r["share"] for r in row) for row in found] == pytest.approx([1] * len(found), abs=0.02)
 
 
 @pytest.mark.parametrize("family", SLOW)
@@ -306,26 +307,26 @@ def told(detector: Detector, **values: float) -> list[Reason]:
 def test_of_equal_terms_the_one_with_an_effect_comes_first(small: Small) -> None:
     detector = linear(small, {"edge_fails_60s": 1, "edge_fail_burst": 1})
     found = told(detector, edge_fails_60s=31, edge_fail_burst=31)
-    assert [(r["feature"], r["weight"]) for r in found] == [("edge_fail_burst", 0.5), ("edge_fails_60s", 0.5)]
+    assert [(r["feature"], r["share"]) for r in found] == [("edge_fail_burst", 0.5), ("edge_fails_60s", 0.5)]
     below = told(detector, edge_fails_60s=15, edge_fail_burst=15)
     assert [r["feature"] for r in below] == ["edge_fails_60s", "edge_fail_burst"]
 
 
 def test_a_model_that_names_nothing_leaves_it_to_what_has_an_effect(small: Small) -> None:
     found = told(linear(small, {"no_payload": -1.0}), edge_fails_300s=900, service_dead=5, edge_burst=200)
-    assert [(r["feature"], r["weight"]) for r in found] == [("edge_burst", 0), ("service_dead", 0)]
+    assert [(r["feature"], r["share"]) for r in found] == [("edge_burst", 0), ("service_dead", 0)]
 
 
 def test_without_any_effect_what_is_furthest_from_ordinary_is_named(small: Small) -> None:
     found = told(linear(small, {}, edge_fails_60s=255.0), edge_fails_60s=300, edge_fails_10s=12)
-    assert [(r["feature"], r["weight"]) for r in found] == [("edge_fails_10s", 0)]
+    assert [(r["feature"], r["share"]) for r in found] == [("edge_fails_10s", 0)]
 
 
 def test_what_is_as_ordinary_as_can_be_is_no_reason(small: Small) -> None:
     found = told(
         linear(small, {"edge_fails_60s": 5, "edge_burst": 1}, edge_fails_60s=7), edge_fails_60s=7, edge_burst=3
     )
-    assert [(r["feature"], r["weight"]) for r in found] == [("edge_burst", 1)]
+    assert [(r["feature"], r["share"]) for r in found] == [("edge_burst", 1)]
 
 
 def test_a_reason_of_less_than_a_hundredth_is_left_out(small: Small) -> None:
@@ -405,21 +406,24 @@ def test_no_identity_is_told(small: Small, trained: dict[tuple[str, str], Detect
         for name in ("src_ip", "dst_ip", "time"):
             assert f"{row[name]:.0f}" not in texts.replace(",", "")
     assert seen > 0, "the case is none if no identity is a reason"
+    as_arrays = reasons.tell(detector, rows)
+    assert as_arrays.hidden.sum() == seen
+    assert not as_arrays.value[as_arrays.hidden].any(), "what is masked would still be in the memory of an answer"
 
 
 def test_a_text_from_outside_is_not_repeated(small: Small, trained: dict[tuple[str, str], Detector]) -> None:
     detector = trained["paper", "logistic_regression"]
     detector = replace(detector, model=replace(detector.model))
     rows = flagged(small, detector, 1).assign(transport="<script>")
-    write = reasons._explainer(detector).write[detector.manifest.names.index("transport")]
+    words = reasons._explainer(detector).words[detector.manifest.names.index("transport")]
     assert "<script>" not in json.dumps(explain(detector, rows))
-    assert write(0.0).endswith(": " + detector.transform.ranks["transport"][0])
-    assert write(-1.0) == write(99.0) == "transport protocol, ranked as text: a text that training did not see"
+    assert words[0.0].endswith(": " + detector.transform.ranks["transport"][0])
+    assert words[-1.0] == words[99.0] == "transport protocol, ranked as text: a text that training did not see"
 
 
 def test_durations_are_told_in_seconds(trained: dict[tuple[str, str], Detector]) -> None:
-    write = reasons._explainer(trained["paper", "tails"]).write[paper_index("duration")]
-    assert write(1.5e9).startswith("duration of the flow: 1.5 s, ordinary ")
+    words = reasons._explainer(trained["paper", "tails"]).words[paper_index("duration")]
+    assert words[1.5e9].startswith("duration of the flow: 1.5 s, ordinary ")
 
 
 def paper_index(name: str) -> int:
@@ -443,10 +447,10 @@ def test_any_row_has_reasons(trained: dict[tuple[str, str], Detector], family: s
     assert len(found) == len(rows)
     for row, told_ in zip(table, found, strict=True):
         assert 1 <= len(told_) <= MOST
-        weights = [reason["weight"] for reason in told_]
-        assert weights == sorted(weights, reverse=True)
-        assert all(0 <= weight <= 1 for weight in weights)
-        assert sum(weights) <= 1.001
+        shares = [reason["share"] for reason in told_]
+        assert shares == sorted(shares, reverse=True)
+        assert all(0 <= share <= 1 for share in shares)
+        assert sum(shares) <= 1.001
         assert len({reason["feature"] for reason in told_}) == len(told_)
         for reason in told_:
             assert reason["value"] == pytest.approx(row[NAMES.index(reason["feature"])], rel=1e-6, abs=1e-6)
@@ -492,3 +496,23 @@ def test_every_feature_says_what_it_stands_for() -> None:
         if feature.name.endswith("burst"):
             assert feature.window == "history"
     assert {(f.anomaly, f.window) for f in paper.FEATURES} == {("learned pattern", "training")}
+
+
+def test_words_of_more_values_than_are_kept_are_the_same(
+    small: Small, trained: dict[tuple[str, str], Detector], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    detector = trained["behaviour", "logistic_regression"]
+    rows = flagged(small, detector, 500)
+    expected = explain(detector, rows)
+    monkeypatch.setattr(reasons, "_WORDED", 2)
+    monkeypatch.setattr(reasons, "_EXPLAINERS", WeakKeyDictionary())
+    assert explain(detector, rows) == explain(detector, rows) == expected
+    assert max(map(len, reasons._explainer(detector).words)) == 2
+
+
+def test_a_negative_zero_is_told_as_zero(small: Small) -> None:
+    detector = linear(small, {"edge_burst": -1.0}, edge_burst=1.0)
+    row = np.zeros((1, len(NAMES)), np.float32)
+    negative = row.copy()
+    negative[0, NAMES.index("edge_burst")] = -0.0
+    assert json.dumps(explain(detector, negative)) == json.dumps(explain(detector, row))
