@@ -241,46 +241,49 @@ def openapi() -> dict[str, Any]:
         },
         "jsonSchemaDialect": DIALECT,
         "security": [{}, {"bearer": []}],
-        "paths": {
-            "/v1/verdicts": {"post": _verdicts()},
-            "/v1/streams/{stream}": {
-                "parameters": [_parameter("stream", "path", _STREAM_NAME, "Name of the stream.")],
-                "get": _operation(
-                    "Where a stream is", {"200": _content("State of the stream.", "StreamStatus")}, 404, 503
-                ),
-                "delete": _operation(
-                    "Forget a stream with its checkpoint",
-                    {"204": {"description": "It is forgotten, or was not there."}},
-                    *(404, 423, 503),
-                ),
-            },
-            "/v1/release": {
-                "post": _operation(
-                    "Checkpoint and drop all streams, before another service goes on with them",
-                    {"200": _content("How many.", "Released")},
-                )
-            },
-            "/v1/model": {"get": _operation("What answers", {"200": _content("The model.", "ModelDescription")})},
-            "/v1/openapi.json": {
-                "get": _operation(
-                    "This document",
-                    {"200": {"description": "OpenAPI 3.1.", "content": {JSON: {"schema": {"type": "object"}}}}},
-                )
-            },
-            "/metrics": {
-                "get": {
-                    "summary": "Metrics",
-                    "security": [{}],
-                    "responses": {
-                        "200": {
-                            "description": "In the text format of Prometheus.",
-                            "content": {"text/plain": {"schema": {"type": "string"}}},
-                        }
-                    },
-                }
-            },
-            **{path: {"get": _health(summary)} for path, summary in _HEALTH.items()},
-        },
+        "paths": _completed(
+            {
+                "/v1/verdicts": {"post": _verdicts()},
+                "/v1/streams/{stream}": {
+                    "parameters": [_parameter("stream", "path", _STREAM_NAME, "Name of the stream.")],
+                    "get": _operation(
+                        "Where a stream is", {"200": _content("State of the stream.", "StreamStatus")}, 404
+                    ),
+                    "delete": _operation(
+                        "Forget a stream with its checkpoint",
+                        {"204": {"description": "It is forgotten, or was not there."}},
+                        *(404, 423),
+                    ),
+                },
+                "/v1/release": {
+                    "post": _operation(
+                        "Checkpoint and drop all streams, before another service goes on with them",
+                        {"200": _content("How many.", "Released")},
+                    )
+                },
+                "/v1/model": {"get": _operation("What answers", {"200": _content("The model.", "ModelDescription")})},
+                "/v1/openapi.json": {
+                    "get": _operation(
+                        "This document",
+                        {"200": {"description": "OpenAPI 3.1.", "content": {JSON: {"schema": {"type": "object"}}}}},
+                    )
+                },
+                "/metrics": {
+                    "get": _operation(
+                        "Metrics",
+                        {
+                            "200": {
+                                "description": "In the text format of Prometheus.",
+                                "content": {"text/plain": {"schema": {"type": "string"}}},
+                            }
+                        },
+                        always=_OPEN,
+                    )
+                    | _NO_TOKEN
+                },
+                **{path: {"get": _health(summary)} for path, summary in HEALTH.items()},
+            }
+        ),
         "components": {
             "schemas": definitions["$defs"],
             "securitySchemes": {
@@ -290,11 +293,16 @@ def openapi() -> dict[str, Any]:
     }
 
 
-_HEALTH: Final = {
+HEALTH: Final = {
     "/livez": "Whether the process is alive",
     "/readyz": "Whether the model and the kernel are loaded and warm",
     "/healthz": "Whether the process is alive",
 }
+_NO_TOKEN: Final[dict[str, Any]] = {"security": [{}]}
+_OPEN: Final = (405, 408, 413, 500, 503)
+"""Statuses of problems that every request may meet. At the stable address a proxy takes a request in and waits for a
+service: so each may last too long, be too large, or find none."""
+_ALWAYS: Final = (400, 401, *_OPEN)
 _STREAM_NAME: Final = {"type": "string", "pattern": STREAM_PATTERN}
 _FLAG: Final = {"type": "boolean", "default": False}
 
@@ -329,7 +337,7 @@ def _verdicts() -> dict[str, Any]:
         **{f"FlowSentry-{name}": {"schema": {"type": "integer", "minimum": 0}} for name in ("Seen", "Durable")},
     }
     return {
-        **_operation("Judge flows", {"200": answer}, 408, 409, 413, 415, 422, 423, 503),
+        **_operation("Judge flows", {"200": answer}, 409, 415, 422, 423),
         "parameters": parameters,
         "requestBody": {
             "required": True,
@@ -355,11 +363,33 @@ def _content(description: str, model: str) -> dict[str, Any]:
     return {"description": description, "content": {JSON: {"schema": _reference(model)}}}
 
 
-def _operation(summary: str, answers: dict[str, Any], *statuses: int) -> dict[str, Any]:
+def _completed(paths: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """With HEAD wherever there is GET, and OPTIONS wherever the answer is ours."""
+    for path, item in paths.items():
+        if "get" in item:
+            responses = {
+                status: {name: value for name, value in response.items() if name != "content"}
+                for status, response in item["get"]["responses"].items()
+            }
+            item["head"] = item["get"] | {"responses": responses}
+        if path not in HEALTH:
+            allow = {"Allow": {"schema": {"type": "string"}}}
+            answers = {"204": {"description": "They are in the header.", "headers": allow}}
+            is_open = path == "/metrics"
+            always = tuple(status for status in (_OPEN if is_open else _ALWAYS) if status not in (400, 405))
+            item["options"] = _operation("Methods of this path", answers, always=always) | (
+                _NO_TOKEN if is_open else {}
+            )
+    return paths
+
+
+def _operation(
+    summary: str, answers: dict[str, Any], *statuses: int, always: tuple[int, ...] = _ALWAYS
+) -> dict[str, Any]:
     """An operation with the problems of these statuses, and those that all have."""
     problems: dict[int, list[str]] = {}
     for code, (status, _) in PROBLEMS.items():
-        if status in (400, 401, 405, 500, *statuses):
+        if status in (*always, *statuses):
             problems.setdefault(status, []).append(code)
     described = {
         str(status): {
@@ -372,11 +402,11 @@ def _operation(summary: str, answers: dict[str, Any], *statuses: int) -> dict[st
 
 
 def _health(summary: str) -> dict[str, Any]:
-    return {
-        "summary": summary,
-        "security": [{}],
-        "responses": {"200": {"description": "Yes."}, "503": {"description": "No."}},
+    problems = {
+        str(status): {"description": title} for status, title in PROBLEMS.values() if status in (405, 408, 413, 500)
     }
+    responses = {"200": {"description": "Yes."}, **problems, "503": {"description": "No."}}
+    return {"summary": summary, "responses": responses} | _NO_TOKEN
 
 
 FILES: Final = {"verdict.schema.json": verdict_schema, "openapi.json": openapi}

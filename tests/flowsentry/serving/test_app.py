@@ -19,6 +19,7 @@ import uvicorn
 
 from flowsentry.detector import Detector
 from flowsentry.errors import StoreError
+from flowsentry.serving import schema
 from flowsentry.serving.app import LONG_BYTES, App, Model, Receive, Scope, Send, rehearse
 from flowsentry.serving.settings import Settings
 from flowsentry.serving.store import FolderStore, Store
@@ -275,6 +276,25 @@ def test_head_is_get_without_a_body_and_options_names_the_methods(service: Live)
     options = service.ask("OPTIONS", "/v1/verdicts")
     assert (options.status, options.body, options.headers["allow"]) == (204, b"", "POST, OPTIONS")
     assert service.ask("GET", "/v1/verdicts").headers["allow"] == "POST, OPTIONS"
+
+
+METHODS = ("GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE")
+
+
+@pytest.mark.parametrize("path", [path for path in schema.openapi()["paths"] if path not in schema.HEALTH])
+def test_every_method_is_answered_as_the_published_interface_says(service: Live, path: str) -> None:
+    item = schema.openapi()["paths"][path]
+    service.send("stream=known", flow(0))
+    for method in METHODS:
+        body = json.dumps({"flows": [flow(0)]}).encode() if method == "POST" else None
+        answer = service.ask(method, path.replace("{stream}", "known"), body)
+        operation = item.get(method.lower())
+        assert (answer.status == 405) is (operation is None), method
+        if operation is not None:
+            assert answer.status in (200, 204) and str(answer.status) in operation["responses"]
+            assert set(operation["responses"][str(answer.status)].get("headers", {})) <= {
+                name.title().replace("Flowsentry", "FlowSentry") for name in answer.headers
+            }
 
 
 def test_the_model_describes_itself(service: Live, detector: Detector) -> None:

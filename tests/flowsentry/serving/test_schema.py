@@ -132,6 +132,13 @@ def test_openapi_names_every_path_and_problem_and_all_its_references_lead_somewh
     assert set(document["paths"]["/v1/verdicts"]["post"]["requestBody"]["content"]) == set(wire.MEDIA_TYPES)
 
 
+def test_what_the_proxy_says_for_a_service_may_come_on_every_path() -> None:
+    for path, item in schema.openapi()["paths"].items():
+        for method in item.keys() - {"parameters"}:
+            assert {"408", "413", "503"} <= set(item[method]["responses"]), (method, path)
+            assert ("401" in item[method]["responses"]) is path.startswith("/v1/")
+
+
 def test_the_description_of_a_real_model_is_of_the_schema(detector: Detector) -> None:
     described = orjson.loads(app.Model(detector, "3", "0" * 64).described())
     assert not list(component("ModelDescription").iter_errors(described))

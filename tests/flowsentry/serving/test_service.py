@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +24,7 @@ import pytest
 import flowsentry
 from flowsentry.detector import Detector
 from flowsentry.errors import StoreError
+from flowsentry.serving import schema
 from flowsentry.serving.app import Model
 from flowsentry.serving.store import FolderStore
 from flowsentry.serving.streams import Limits, Streams
@@ -123,6 +126,12 @@ def test_a_started_service_answers_at_once_as_the_detector_does_offline(running:
 def test_bentoml_answers_for_health_and_the_service_for_the_rest(running: Running) -> None:
     assert [running.ask(path)[0] for path in ("/livez", "/healthz", "/readyz")] == [200] * 3
     assert b"flowsentry_flows_total" in running.ask("/metrics")[1]
+    for path in sorted(schema.HEALTH):
+        for method in ("HEAD", "OPTIONS", "POST"):
+            with closing(http.client.HTTPConnection(running.url.removeprefix("http://"), timeout=10)) as connection:
+                connection.request(method, path)
+                is_told = method.lower() in schema.openapi()["paths"][path]
+                assert connection.getresponse().status == (200 if is_told else 405)
     for path in ("/", "/docs.json", "/schema.json", "/static_content/x"):
         status, content = running.ask(path)
         assert (status, json.loads(content)["code"]) == (404, "not_found")
