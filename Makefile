@@ -16,7 +16,7 @@ SOURCES := flowsentry steps pipelines materializers stacks tests benchmarks run.
 
 .PHONY: help
 help: ## List the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-16s %s\n", $$1, $$2}' Makefile
 
 .PHONY: setup
 setup: $(VENV)/locked ## Install the locked environment into .venv (again only if the lock changed)
@@ -66,6 +66,10 @@ dashboard: setup ## Serve ZenML's dashboard (runs, artifacts, reports) until Ctr
 .PHONY: mlflow
 mlflow: setup ## Serve MLflow (every candidate: parameters, metrics, model) until Ctrl+C
 	@$(RUN) -m stacks.mlflow_ui --port $(MLFLOW_PORT)
+
+.PHONY: cluster-services
+cluster-services: setup ## Put ZenML, MLflow, object store and monitoring into the cluster of stacks/site.yaml; OVERLAY=existing for services of your own
+	@$(RUN) -m stacks.services --overlay $(or $(OVERLAY),quickstart)
 
 .PHONY: lock
 lock: $(UV) ## Resolve pyproject.toml into requirements/ again; packages named in UPGRADE="a b" may move
