@@ -15,7 +15,8 @@ from pydantic_core import ErrorDetails
 
 from flowsentry.errors import ConfigError
 from flowsentry.features.splits import MOST_ROTATIONS
-from flowsentry.simulation.settings import SimulationSettings
+from flowsentry.monitoring.pace import Pace
+from flowsentry.simulation.settings import NEW_SEED, SimulationSettings
 
 SIMULATE: Final = "simulate"
 """Stands for a simulated recording where data are named."""
@@ -171,15 +172,35 @@ class TrainConfig(PipelineConfig):
         return value
 
 
-class InferenceConfig(PipelineConfig):
+class NewFlowsConfig(PipelineConfig):
+    """Of a pipeline that shows flows to a model in production: simulated ones are not those of the training."""
+
+    simulation: SimulationSettings = SimulationSettings(seed=NEW_SEED)
+
+    @field_validator("simulation", mode="before")
+    @classmethod
+    def _another_seed(cls, value: object) -> object:
+        return {"seed": NEW_SEED, **value} if isinstance(value, dict) else value
+
+
+class InferenceConfig(NewFlowsConfig):
     """The configuration of the pipeline `inference`."""
 
 
-class ReplayConfig(PipelineConfig):
+class ReplayConfig(NewFlowsConfig):
     """The configuration of the pipeline `replay`."""
 
-    speed: Literal["study", "10x", "max"] = "max"
-    """`study` sends a report every 0.35 s, as the original study did; `10x` is ten times as fast."""
+    speed: str = "max"
+    """See `Pace.parse`. As fast as the service answers: nobody watches a run, its pages come at the end."""
+
+    @field_validator("speed")
+    @classmethod
+    def _is_a_pace(cls, value: str) -> str:
+        try:
+            Pace.parse(value)
+        except ConfigError:
+            raise ValueError("should be a factor such as 10x, or max") from None
+        return value
 
 
 def load(path: Path, model: type[M]) -> M:

@@ -10,7 +10,7 @@ from zenml.types import HTMLString
 
 from flowsentry.monitoring import replay as replays
 from flowsentry.monitoring.journal import to_table
-from flowsentry.monitoring.replay import Pace
+from flowsentry.monitoring.pace import Pace
 from flowsentry.reporting.replay_summary import ReplayReport, report
 from materializers import ModelMaterializer, TableMaterializer
 from steps.stages import deployer

@@ -8,7 +8,6 @@ the end of the replay itself (the journal says where to go on).
 from __future__ import annotations
 
 import hashlib
-import math
 import secrets
 import time
 from bisect import bisect_right
@@ -27,62 +26,17 @@ from flowsentry.flows import labels
 from flowsentry.flows.reports import identify
 from flowsentry.monitoring import figures
 from flowsentry.monitoring.journal import NARROW, SUFFIX, Announced, Header, Journal, Model, Reader, folder
+from flowsentry.monitoring.pace import Pace
 from flowsentry.serving.client import Client, StreamClient, as_rows
 from flowsentry.serving.deployer import Endpoint
 
-STUDY_SECONDS: Final = 0.35
-"""Between two flows, in the original study's replay."""
-BATCH: Final = 1000
-"""Flows of a request at full speed."""
 PATIENCE_SECONDS: Final = 120.0
 """How long a service may be away, e.g. to start again."""
 PROGRESS_SECONDS: Final = 5.0
 
-_SHORTEST_SECONDS: Final = 0.01
-"""Requests come no faster at a pace: more flows share one."""
 _CHUNK: Final = 4096
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True)
-class Pace:
-    """How fast flows are sent."""
-
-    speed: float | None = 1.0
-    """Times the study's pace; None: as fast as the service answers."""
-
-    @classmethod
-    def parse(cls, text: str) -> Pace:
-        """`10x`, `0.5x`, or `max`.
-
-        Raises:
-            ConfigError: it is none of these.
-        """
-        if text == "max":
-            return cls(None)
-        try:
-            speed = float(text.removesuffix("x"))
-        except ValueError:
-            speed = math.nan
-        if not (text.endswith("x") and 0 < speed < math.inf):
-            raise ConfigError(f"--speed {text}: give a factor such as 10x, or max")
-        return cls(speed)
-
-    def __str__(self) -> str:
-        return "max" if self.speed is None else f"{self.speed:g}x"
-
-    @property
-    def flows(self) -> int:
-        """In one request."""
-        if self.speed is None:
-            return BATCH
-        return min(max(math.ceil(_SHORTEST_SECONDS * self.speed / STUDY_SECONDS), 1), BATCH)
-
-    @property
-    def seconds(self) -> float:
-        """From one request to the next, at least."""
-        return 0.0 if self.speed is None else STUDY_SECONDS / self.speed * self.flows
 
 
 @dataclass(frozen=True)

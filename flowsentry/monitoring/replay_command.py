@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Final
 
 from flowsentry.errors import ConfigError
 from flowsentry.monitoring import champion
+from flowsentry.simulation.settings import NEW_SEED, TRAINING_SEED
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -15,8 +16,8 @@ if TYPE_CHECKING:
     from flowsentry.monitoring.replay import ReplaySummary
 
 SIMULATE: Final = "simulate"
-SEED: Final = 43
-"""Of simulated flows: not that of the embedded recording, which models are trained on."""
+SPEED: Final = "1x"
+"""By default as in the original study: whoever starts a replay by hand looks at it as it goes."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,9 +28,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="FLOWS",
         help=f"labelled recordings: files, folders or globs; or `{SIMULATE}`: a new simulated recording",
     )
-    parser.add_argument("--speed", help="times the study's pace of a flow every 0.35 s, e.g. 10x; or max (default 1x)")
     parser.add_argument(
-        "--seed", type=int, default=SEED, help=f"of `{SIMULATE}`; models are trained on 42 (default %(default)s)"
+        "--speed", help=f"times the study's pace of a flow every 0.35 s, e.g. 10x; or max (default {SPEED})"
+    )
+    parser.add_argument(
+        "--seed",
+        type=int,
+        default=NEW_SEED,
+        help=f"of `{SIMULATE}`; models are trained on {TRAINING_SEED} (default %(default)s)",
     )
     parser.add_argument("--journal", type=Path, metavar="FILE", help="keep the replay here (default: a new one)")
     parser.add_argument(
@@ -48,8 +54,12 @@ def run(args: argparse.Namespace) -> None:
     """
     from flowsentry.monitoring import replay as replays
     from flowsentry.monitoring.journal import Journal
+    from flowsentry.monitoring.pace import Pace
 
-    pace = None if args.speed is None else replays.Pace.parse(args.speed)
+    try:
+        pace = None if args.speed is None and args.resume else Pace.parse(args.speed or SPEED)
+    except ConfigError as error:
+        raise ConfigError(f"--speed: {error}") from None
     if args.resume and args.journal is None:
         args.journal = _unfinished()
     endpoint = champion.endpoint(args)
@@ -57,7 +67,7 @@ def run(args: argparse.Namespace) -> None:
     if args.resume:
         journal = Journal.resume(args.journal)
     else:
-        pace = pace or replays.Pace()
+        assert pace is not None
         journal = replays.begin(reports, source=source, endpoint=endpoint, pace=pace, path=args.journal)
     with journal:
         print(f"journal: {journal.path}\nlook at it: python -m flowsentry live", flush=True)

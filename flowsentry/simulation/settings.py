@@ -12,6 +12,11 @@ HardNegative = Literal["store-restart", "database-outage"]
 WARM_UP_MINUTES: Final = 30
 """Attacks and hard negatives begin after this time, so that a baseline can learn what is usual."""
 
+TRAINING_SEED: Final = 42
+"""Of the embedded recording, which models are trained on."""
+NEW_SEED: Final = 43
+"""Of the recordings that a model in production is shown: none of their flows was in its training."""
+
 GROUPS: Final[dict[Attack, str]] = {
     "syn-flood": "flood",
     "ssh-brute-force": "brute-force",
@@ -30,7 +35,7 @@ class SimulationSettings(BaseModel):
 
     model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
 
-    seed: int = Field(default=42, ge=0, lt=2**31)
+    seed: int = Field(default=TRAINING_SEED, ge=0, lt=2**31)
     minutes: int = Field(default=150, ge=40, le=60 * 24 * 7)
     """Length of the recording, the first 30 minutes without attacks."""
     scale: float = Field(default=0.25, gt=0, le=1000)

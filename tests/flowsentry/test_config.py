@@ -13,6 +13,7 @@ from flowsentry.errors import ConfigError
 from flowsentry.learning.families import FAMILIES
 from flowsentry.learning.search import Metric as SearchMetric
 from flowsentry.learning.selection import METRICS
+from flowsentry.monitoring.pace import Pace
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 MODELS: dict[str, type[PipelineConfig]] = {"inference": InferenceConfig, "replay": ReplayConfig}
@@ -40,12 +41,29 @@ def test_every_file_in_configs_loads(path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_other_default_files_show_every_key_with_its_default_but_the_seed(name: str) -> None:
+def test_the_other_default_files_show_every_key_with_its_default(name: str) -> None:
     written = yaml.safe_load((CONFIGS / f"{name}.yaml").read_text())
-    expected = MODELS[name]().model_dump(mode="json")
-    assert written.keys() == expected.keys()
-    assert written["simulation"].keys() == expected["simulation"].keys()
-    assert written["simulation"]["seed"] != expected["simulation"]["seed"]
+    assert load(CONFIGS / f"{name}.yaml", MODELS[name]) == MODELS[name]()
+    assert written == MODELS[name]().model_dump(mode="json") | {"data": "simulate"}
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_model_in_production_is_not_shown_the_simulated_flows_of_its_training(name: str, tmp_path: Path) -> None:
+    config = load(write(tmp_path, "simulation: {minutes: 60}\n"), MODELS[name])
+    assert config.simulation.minutes == 60
+    assert config.simulation.seed == MODELS[name]().simulation.seed != TrainConfig().simulation.seed
+    assert load(write(tmp_path, "simulation: {seed: 7}\n"), MODELS[name]).simulation.seed == 7
+
+
+@pytest.mark.parametrize("speed", ["1x", "10x", "0.5x", "max"])
+def test_a_speed_is_what_the_command_takes(speed: str, tmp_path: Path) -> None:
+    assert load(write(tmp_path, f"speed: {speed}\n"), ReplayConfig).speed == speed
+    assert str(Pace.parse(speed)) == speed
+
+
+@pytest.mark.parametrize("speed", ["study", "0x", "-1x", "10", "''"])
+def test_what_is_no_speed_is_named(speed: str, tmp_path: Path) -> None:
+    assert complaint(tmp_path, f"speed: {speed}\n", ReplayConfig).startswith("given.yaml:1: speed ")
 
 
 def test_the_default_file_shows_every_key_with_its_default() -> None:

@@ -19,7 +19,8 @@ from flowsentry.detector import Detector
 from flowsentry.errors import ConfigError, ServiceError
 from flowsentry.monitoring import replay as replays
 from flowsentry.monitoring.journal import Announced, Journal, Reader, to_table
-from flowsentry.monitoring.replay import Pace, begin, prepare, replay
+from flowsentry.monitoring.pace import BATCH, Pace
+from flowsentry.monitoring.replay import begin, prepare, replay
 from flowsentry.serving.client import Client
 from flowsentry.serving.deployer import Endpoint
 from flowsentry.simulation.files import write
@@ -126,12 +127,12 @@ def test_fast_paces_put_flows_together_and_keep_the_rate() -> None:
     fast = Pace.parse("1000x")
     assert fast.flows == 29
     assert fast.flows / fast.seconds == pytest.approx(1000 / 0.35)
-    assert (Pace.parse("max").flows, Pace.parse("max").seconds) == (replays.BATCH, 0)
+    assert (Pace.parse("max").flows, Pace.parse("max").seconds) == (BATCH, 0)
 
 
 @pytest.mark.parametrize("text", ["", "x", "0x", "-1x", "10", "nanx", "infx", "fast"])
 def test_an_impossible_pace_is_an_error(text: str) -> None:
-    with pytest.raises(ConfigError, match="--speed"):
+    with pytest.raises(ConfigError, match="is no pace"):
         Pace.parse(text)
 
 
@@ -266,7 +267,7 @@ def test_mistakes_on_the_command_line_are_one_line(
 ) -> None:
     monkeypatch.setenv("FLOWSENTRY_HOME", str(tmp_path / "home"))
     for arguments, words in (
-        (["replay", "simulate", "--speed", "fast"], "--speed fast"),
+        (["replay", "simulate", "--speed", "fast"], "--speed: fast is no pace"),
         (["replay", "simulate", "--resume"], "every replay was finished"),
         (["replay", "simulate", "--token-file", "x"], "belongs to --endpoint"),
         (["replay", "simulate"], "no model has been deployed yet"),
