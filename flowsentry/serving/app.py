@@ -54,6 +54,8 @@ LONG_BYTES: Final = 1 << 20
 """Of longer bodies one is answered at a time: each may take many times its length in memory, and seconds."""
 _BODIES_AT_ONCE: Final = 8
 """Longest bodies that may be in memory at the same time; what comes beyond is told to come again."""
+RELEASED_SECONDS: Final = 60.0
+"""For so long after a release each answer ends its connection: the next request may belong elsewhere."""
 _STREAM: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _WHOLE: Final = re.compile("[0-9]{1,15}")
 _FLAGS: Final = {"true": True, "false": False}
@@ -183,6 +185,7 @@ class App:
         self._held = 0
         self._long = asyncio.Semaphore()
         self._quiet: dict[tuple[str, int], tuple[float, int]] = {}
+        self._released = -RELEASED_SECONDS
         described = model.described()
         self._routes = {
             "/v1/verdicts": _Route("/v1/verdicts", ("POST",), self._verdicts),
@@ -219,6 +222,8 @@ class App:
         if answer.status >= 400 or self._settings.access_log == "on":
             self._write_log(request, answer.status, seconds)
         headers = answer.headers
+        if time.monotonic() - self._released < RELEASED_SECONDS and _ENDING[0] not in headers:
+            headers = [*_ENDING, *headers]
         if answer.status != 204:
             headers = [
                 (b"content-length", b"%d" % len(answer.body)),
@@ -333,6 +338,7 @@ class App:
 
     async def _release(self, request: _Request) -> _Answer:
         _no_query(request)
+        self._released = time.monotonic()
         return _Answer(200, orjson.dumps({"streams": await self._in_thread(self._streams.release)}), [])
 
     async def _metrics(self, request: _Request) -> _Answer:

@@ -269,6 +269,18 @@ def test_released_streams_are_durable_and_go_on(service: Live) -> None:
     assert service.send("stream=released&seen=2", flow(2)).json["seen"] == 3
 
 
+def test_after_a_release_each_answer_ends_its_connection(detector: Detector, tmp_path: Path) -> None:
+    with live(detector, FolderStore(tmp_path)) as service:
+        with closing(http.client.HTTPConnection("127.0.0.1", service.port, timeout=10)) as kept:
+            body = json.dumps({"flows": [flow()]}).encode()
+            for is_released in (False, True):
+                kept.request("POST", "/v1/verdicts", body, {"content-type": JSON})
+                answer = kept.getresponse()
+                assert (answer.status, bool(answer.read()), answer.will_close) == (200, True, is_released)
+                service.ask("POST", "/v1/release")
+        assert service.ask("GET", "/v1/nothing").headers["connection"] == "close"
+
+
 def test_head_is_get_without_a_body_and_options_names_the_methods(service: Live) -> None:
     head = service.ask("HEAD", "/v1/model")
     assert (head.status, head.body) == (200, b"")
