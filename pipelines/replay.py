@@ -17,6 +17,7 @@ from steps.load import load
 from steps.replay import replay as send
 from steps.validate import validate
 
+
 @pipeline(name="replay", execution_mode=ExecutionMode.FAIL_FAST, cache_policy=CachePolicy(cache_func=code_digest))
 def replay(
     data: list[str],
