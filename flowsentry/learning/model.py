@@ -161,9 +161,10 @@ class Model:
         folder.mkdir(parents=True, exist_ok=True)
         stored = folder / ("model.npz" if self.family in _ARRAYS else "model.skops")
         if self.family in ("effects", "tails"):
-            np.savez_compressed(stored, **self.estimator.to_arrays())
+            stored.write_bytes(_archive(self.estimator.to_arrays()))
         elif self.family == "knn":
-            np.savez_compressed(stored, X=self.estimator._fit_X, y=self.estimator._y.astype(np.int8))
+            arrays = {"X": self.estimator._fit_X, "y": self.estimator._y.astype(np.int8)}
+            stored.write_bytes(_archive(arrays))
         else:
             stored.write_bytes(_reproducible(skops.io.dumps(self.estimator)))
         about = {
@@ -209,6 +210,17 @@ class Model:
         except Exception as error:
             raise StoreError(f"{folder}: not a stored model ({type(error).__name__}: {error})") from error
         return model
+
+
+def _archive(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """What `numpy.savez` writes, with bytes that do not depend on the release of Python, or of zlib."""
+    result = io.BytesIO()
+    with zipfile.ZipFile(result, "w") as archive:
+        for name, array in arrays.items():
+            content = io.BytesIO()
+            np.save(content, array, allow_pickle=False)
+            archive.writestr(zipfile.ZipInfo(f"{name}.npy"), content.getvalue())
+    return result.getvalue()
 
 
 def _reproducible(stored: bytes) -> bytes:

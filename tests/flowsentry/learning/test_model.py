@@ -102,6 +102,18 @@ def test_no_rows_give_no_scores() -> None:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
+def test_the_bytes_of_a_model_do_not_depend_on_the_release_of_python(name: str, tmp_path: Path) -> None:
+    model_of(name).save(tmp_path)
+    (stored,) = (path for path in tmp_path.iterdir() if path.name != "model.json")
+    with zipfile.ZipFile(stored) as archive:
+        entries = archive.infolist()
+    assert entries
+    # of streamed entries, and of compressed ones, the bytes have changed between releases
+    assert all((entry.compress_type, entry.flag_bits, entry.extra) == (0, 0, b"") for entry in entries)
+    assert all(entry.extract_version <= zipfile.DEFAULT_VERSION for entry in entries)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
 def test_garbage_is_a_store_error(name: str, tmp_path: Path) -> None:
     model_of(name).save(tmp_path)
     forge(tmp_path, b"\x80\x04garbage")
