@@ -88,7 +88,9 @@ class Api:
             if self.is_inside:
                 config.load_incluster_config(client_configuration=settings)
             else:
-                config.load_kube_config(context=context, client_configuration=settings)
+                # else the client takes what the variable was when it was imported
+                file = os.environ.get("KUBECONFIG") or None
+                config.load_kube_config(config_file=file, context=context, client_configuration=settings)
         except Exception as error:  # its own, yaml's, OSError
             raise DeployError(f"no Kubernetes cluster is known: {error}; set KUBECONFIG") from error
         settings.retries = 2
