@@ -1,9 +1,9 @@
 """The service gate: what a challenger answers through its own endpoint is what was evaluated, and it answers in time.
 
 All reports of the recordings go through the endpoint in arrival order, in requests of one flow, of a tick and of
-thousands, as JSON and as Arrow. Every verdict is compared with the offline one bit for bit. Nothing is sent twice: a
-challenger that loses a request or dies has failed. A bad challenger never raises; it gets a decision that says what
-is wrong with it.
+thousands, as JSON and as Arrow. Every verdict is compared with the offline one, score and threshold bit for bit, with
+its reasons and what it is signed with. Nothing is sent twice: a challenger that loses a request or dies has failed. A
+bad challenger never raises; it gets a decision that says what is wrong with it.
 """
 
 from __future__ import annotations
@@ -11,16 +11,16 @@ from __future__ import annotations
 import math
 import secrets
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
-from typing import Annotated, Any, Final, Literal
+from typing import Annotated, Any, Final, Literal, get_args
 
 import numpy as np
 import pandas as pd
-from pydantic import AllowInfNan, BaseModel, JsonValue, Strict, TypeAdapter, ValidationError
+from pydantic import AllowInfNan, BaseModel, ConfigDict, Field, JsonValue, Strict, TypeAdapter, ValidationError
 
 from flowsentry.config import ServiceGateSettings
 from flowsentry.detector import Detector
@@ -42,19 +42,65 @@ BURST: Final = 10
 """Requests with one flow in a row; the bursts are spread over the recordings."""
 _TICK_MS: Final = TICK_SECONDS * 1000
 _SAID: Final = 5
+_LONGEST: Final = 1000
+"""Characters of any text of an answer."""
 
-Kind = Literal["label", "score", "threshold", "warm", "first alarm"]
-KINDS: Final[tuple[Kind, ...]] = ("label", "score", "threshold", "warm", "first alarm")
+Kind = Literal[
+    "label", "score", "threshold", "warm", "first alarm", "flow id", "version", "anomaly type", "window", "reasons"
+]
+KINDS: Final[tuple[Kind, ...]] = get_args(Kind)
+
+
+class Said(Frozen):
+    """A reason as a verdict gives it."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    feature: Annotated[str, Field(max_length=_LONGEST)]
+    value: Annotated[float, AllowInfNan(False)] | None
+    unit: Annotated[str, Field(max_length=_LONGEST)]
+    share: Annotated[float, AllowInfNan(False)]
+    text: Annotated[str, Field(max_length=_LONGEST)]
 
 
 class Verdict(Frozen):
-    """What is compared of a verdict."""
+    """What is compared of a verdict: everything."""
 
     label: str
     anomaly_score: float
     threshold: float
     warm: bool
     first_alarm: str | None
+    flow_id: str
+    model_version: str
+    view_version: str
+    anomaly_type: str | None
+    baseline_window: str | None
+    reasons: tuple[Said, ...]
+
+    def words(self, kind: Kind) -> str:
+        """What it says in one respect, on one line."""
+        match kind:
+            case "label":
+                return plain(self.label)
+            case "score":
+                return repr(self.anomaly_score)
+            case "threshold":
+                return repr(self.threshold)
+            case "warm":
+                return str(self.warm)
+            case "first alarm":
+                return str(self.first_alarm)
+            case "flow id":
+                return plain(self.flow_id)
+            case "version":
+                return plain(f"model version {self.model_version} with view version {self.view_version}")
+            case "anomaly type":
+                return plain(self.anomaly_type)
+            case "window":
+                return plain(self.baseline_window)
+            case "reasons":
+                return plain("; ".join(f"{one.feature} ({one.text}, share {one.share:g})" for one in self.reasons))
 
 
 class Difference(Frozen):
@@ -202,7 +248,7 @@ def check(
     places = [np.flatnonzero(codes == code) for code in range(len(names))]
     parts = [reports.iloc[rows] for rows in places]
     for rows, part in zip(places, parts, strict=True):
-        expected.put_offline(rows, detector, part)
+        expected.put_offline(rows, detector, part, model_version)
     sender = _Sender(settings, len(reports), on_progress)
     with Client(endpoint.url, endpoint.token, timeout=settings.timeout_seconds, patience=0.0) as client:
         problem: str | None = None
@@ -260,6 +306,13 @@ class _Verdicts:
     warm: Bools
     first_alarm: Ints
     """ms since 1970; 0 without."""
+    flow_id: np.ndarray
+    version: np.ndarray
+    """Of model and view."""
+    kind: np.ndarray
+    window: np.ndarray
+    reasons: np.ndarray
+    """Tuples of `Said`."""
 
     @classmethod
     def empty(cls, size: int) -> _Verdicts:
@@ -270,9 +323,10 @@ class _Verdicts:
             np.zeros(size),
             np.zeros(size, bool),
             np.zeros(size, np.int64),
+            *(np.full(size, None, object) for _ in range(5)),
         )
 
-    def put_offline(self, rows: Ints, detector: Detector, part: pd.DataFrame) -> None:
+    def put_offline(self, rows: Ints, detector: Detector, part: pd.DataFrame, model_version: str) -> None:
         """What the detector says of a recording without a service."""
         judged = detector.watch().take(Columns.of(part))
         self.there[rows] = True
@@ -281,6 +335,12 @@ class _Verdicts:
         self.threshold[rows] = detector.limit
         self.warm[rows] = judged.warm
         self.first_alarm[rows] = judged.first_alarm
+        table, version = judged.table(), (model_version, detector.manifest.version)
+        self.flow_id[rows] = part["flow_id"].astype(object).to_numpy()
+        self.version[rows] = _objects(version for _ in rows)
+        self.kind[rows] = table["anomaly_type"].to_numpy()
+        self.window[rows] = table["baseline_window"].to_numpy()
+        self.reasons[rows] = _objects(tuple(Said(**one) for one in found or ()) for found in table["reasons"])
 
     def put(self, rows: Ints, answered: list[_Row]) -> None:
         """What a service has answered."""
@@ -290,16 +350,36 @@ class _Verdicts:
         self.threshold[rows] = [row.threshold for row in answered]
         self.warm[rows] = [row.warm for row in answered]
         self.first_alarm[rows] = [_milliseconds(row.first_alarm) for row in answered]
+        self.flow_id[rows] = [row.flow_id for row in answered]
+        self.version[rows] = _objects((row.model_version, row.view_version) for row in answered)
+        self.kind[rows] = [row.anomaly_type for row in answered]
+        self.window[rows] = [row.baseline_window for row in answered]
+        self.reasons[rows] = _objects(row.reasons for row in answered)
 
     def at(self, row: int) -> Verdict:
         alarm = int(self.first_alarm[row])
+        model_version, view_version = self.version[row]
         return Verdict(
             label=MALICIOUS if self.malicious[row] else BENIGN,
             anomaly_score=float(self.score[row]),
             threshold=float(self.threshold[row]),
             warm=bool(self.warm[row]),
             first_alarm=f"{np.datetime_as_string(np.datetime64(alarm, 'ms'))}Z" if alarm else None,
+            flow_id=self.flow_id[row],
+            model_version=model_version,
+            view_version=view_version,
+            anomaly_type=self.kind[row],
+            baseline_window=self.window[row],
+            reasons=self.reasons[row],
         )
+
+
+def _objects(values: Iterable[object]) -> np.ndarray:
+    """An array of them as they are: of tuples, numpy would make rows."""
+    return np.fromiter(values, object)
+
+
+_Text = Annotated[str, Strict(), Field(max_length=_LONGEST)]
 
 
 class _Row(BaseModel):
@@ -310,7 +390,12 @@ class _Row(BaseModel):
     threshold: Annotated[float, Strict(), AllowInfNan(False)]
     warm: Annotated[bool, Strict()]
     first_alarm: datetime | None
-    model_version: str
+    flow_id: _Text
+    model_version: _Text
+    view_version: _Text
+    anomaly_type: _Text | None
+    baseline_window: _Text | None
+    reasons: tuple[Said, ...]
 
 
 _ROWS: Final = TypeAdapter(list[_Row])
@@ -343,8 +428,6 @@ class _Sender:
     sent: int = 0
     rejected: dict[str, int] = field(default_factory=dict)
     """Flows by the reason that the challenger gave."""
-    versions: set[str] = field(default_factory=set)
-    """Model versions that verdicts were signed with."""
     singles: list[float] = field(default_factory=list)
     """Milliseconds of the requests with one flow."""
     _said: float = 0.0
@@ -413,7 +496,6 @@ class _Sender:
         except (ServiceError, ValidationError, AttributeError, TypeError) as error:
             what = plain(str(error).splitlines()[0])
             raise _Stopped(f"{_place(part, request.begin)}: the answer cannot be read: {what}") from error
-        self.versions |= {row.model_version for row in verdicts}
         got.put(rows[request.begin : request.end][good], verdicts)
         self._tell()
 
@@ -474,6 +556,11 @@ class _Compared:
             "threshold": expected.threshold.view(np.int64) != got.threshold.view(np.int64),
             "warm": expected.warm != got.warm,
             "first alarm": expected.first_alarm != got.first_alarm,
+            "flow id": expected.flow_id != got.flow_id,
+            "version": expected.version != got.version,
+            "anomaly type": expected.kind != got.kind,
+            "window": expected.window != got.window,
+            "reasons": expected.reasons != got.reasons,
         }
         differs = {kind: rows & got.there for kind, rows in differs.items()}
         anything = np.flatnonzero(np.any(list(differs.values()), axis=0))
@@ -581,6 +668,11 @@ _PLURAL: Final[Mapping[Kind, str]] = {
     "threshold": "thresholds",
     "warm": "warm-up",
     "first alarm": "first alarms",
+    "flow id": "flow ids",
+    "version": "versions",
+    "anomaly type": "anomaly types",
+    "window": "baseline windows",
+    "reasons": "reasons",
 }
 
 
@@ -591,22 +683,19 @@ def _same(kind: Kind, compared: _Compared, expected: _Verdicts, got: _Verdicts) 
         return _undecided(f"same {_PLURAL[kind]}", "there is no verdict to compare")
     if number:
         row = int(rows.argmax())
-        want, have = expected.at(row), got.at(row)
-        pair = {
-            "label": (want.label, have.label),
-            "score": (repr(want.anomaly_score), repr(have.anomaly_score)),
-            "threshold": (repr(want.threshold), repr(have.threshold)),
-            "warm": (want.warm, have.warm),
-            "first alarm": (want.first_alarm, have.first_alarm),
-        }[kind]
+        want, have = (_shortened(verdicts.at(row).words(kind)) for verdicts in (expected, got))
         whole = "every verdict differs" if number == there else f"{number:,} of {there:,} verdicts differ"
-        problem = f"{whole}, of {compared.flows[kind]:,} flows; first {compared.places[kind]}: {pair[1]} not {pair[0]}"
+        problem = f"{whole}, of {compared.flows[kind]:,} flows; first {compared.places[kind]}: {have} not {want}"
     return _rule(
         f"same {_PLURAL[kind]}",
         problem,
         f"{there:,} verdicts as offline",
         {"verdicts": there, "differing": number, "flows": compared.flows[kind]},
     )
+
+
+def _shortened(text: str) -> str:
+    return text if len(text) <= 200 else f"{text[:200]}..."
 
 
 def _not_constant(got: _Verdicts) -> Rule:

@@ -14,7 +14,7 @@ from flowsentry.learning.quality_gate import (
 from flowsentry.learning.quality_gate import Difference as Gain
 from flowsentry.reporting.gates import gates_html
 from flowsentry.reporting.metrics import Counts, share
-from flowsentry.serving.service_gate import Difference, Figures, Latency, ServiceDecision, Verdict
+from flowsentry.serving.service_gate import Difference, Figures, Latency, Said, ServiceDecision, Verdict
 
 EVIL = "<script>alert(1)</script>\x1b[2J"
 
@@ -61,7 +61,19 @@ def quality() -> QualityDecision:
 
 @pytest.fixture
 def service() -> ServiceDecision:
-    verdict = Verdict(label="benign", anomaly_score=0.25, threshold=3.0, warm=True, first_alarm=None)
+    verdict = Verdict(
+        label="benign",
+        anomaly_score=0.25,
+        threshold=3.0,
+        warm=True,
+        first_alarm=None,
+        flow_id="one",
+        model_version="7",
+        view_version="1",
+        anomaly_type=None,
+        baseline_window=None,
+        reasons=(Said(feature="bytes", value=1.0, unit="", share=1.0, text=f"much {EVIL}"),),
+    )
     figures = Figures(counts=Counts(tp=3, fp=0, tn=9, fn=1), recall=0.75, fpr=0.0, families={EVIL: share(4, 3)})
     return ServiceDecision(
         passed=False,
@@ -79,7 +91,7 @@ def service() -> ServiceDecision:
             Difference(
                 report=f"{EVIL}.csv:17",
                 flow=4,
-                kinds=("label", "score"),
+                kinds=("label", "score", "flow id", "reasons"),
                 expected=verdict,
                 got=verdict.model_copy(update={"label": EVIL, "first_alarm": "2024-03-01T00:00:00.000Z"}),
             ),
@@ -96,8 +108,9 @@ def test_the_page_tells_both_decisions_with_their_figures(quality: QualityDecisi
     page = gates_html(quality, service)
     for said in (
         "model version 7", "It may not take the champion", "same scores: 1 of 100 verdicts differ",
-        "91.23", "93.23", "-2.00", "1,234", "Best single column", "31.5 ms", ".csv:17", "label, score", "3 of 4",
-        "last line", "Compared with the champion 6 of ZenML",
+        "91.23", "93.23", "-2.00", "1,234", "Best single column", "31.5 ms", ".csv:17",
+        "label, score, flow id, reasons", "3 of 4", "flow id: one", "reasons: bytes (much ", "last line",
+        "Compared with the champion 6 of ZenML",
     ):  # fmt: skip
         assert said in page
     assert page.count('<span class="tag">failed</span>') == 1

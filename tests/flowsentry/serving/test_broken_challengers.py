@@ -18,6 +18,7 @@ import pytest
 
 from flowsentry.config import ServiceGateSettings
 from flowsentry.errors import DeployError
+from flowsentry.features.behaviour import VERSION
 from flowsentry.serving import bundle as bundles
 from flowsentry.serving.client import Client, StreamClient
 from flowsentry.serving.local import LocalDeployer
@@ -157,11 +158,16 @@ def stale_view(source: Path) -> None:
     replaced(columns, "NO_PAYLOAD_BYTES: Final = 400", "NO_PAYLOAD_BYTES: Final = 4")
     replaced(columns, "HEADER_BYTES: Final = 80", "HEADER_BYTES: Final = 8")
     replaced(source / "flowsentry" / "features" / "behaviour.py", "Final = kernel.KERNEL_VERSION", 'Final = "0"')
-    replaced(source / "detector" / "view.json", '"version": "2"', '"version": "0"')
+    replaced(source / "detector" / "view.json", f'"version": "{VERSION}"', '"version": "0"')
 
 
 def constant_model(source: Path) -> None:
     changed(source / "detector" / "tail.json", lambda _: {"scores": [1e9], "surprises": [0.0], "excess": 1.0})
+
+
+def reasons_of_others(source: Path) -> None:
+    """Right scores, explained by other flows of the same request."""
+    replaced(source / "flowsentry" / "detector.py", "tell(self.detector, rows)", "tell(self.detector, rows[::-1])")
 
 
 TAKE = "        detector, limit = self.detector, self.detector.limit\n"
@@ -184,8 +190,9 @@ def crash_on_the_1000th_flow(source: Path) -> None:
         (other_transform, {"same scores", "figures of the card, corrected labels"}, "digest of the detector"),
         (other_threshold, {"same model", "same thresholds"}, "threshold 1.30"),
         (swapped_labels, {"same labels", "figures of the card, corrected labels"}, "every verdict differs"),
-        (stale_view, {"same model", "same scores"}, "view version 0 instead of 1"),
+        (stale_view, {"same model", "same scores"}, f"view version 0 instead of {VERSION}"),
         (constant_model, {"no constant", "same scores"}, "1 different score and only the label benign"),
+        (reasons_of_others, {"same reasons"}, " not "),
         (slow_model, {"latency"}, "at most 600 ms allowed"),
         (crash_on_the_1000th_flow, {"answers", "nothing lost"}, "does not answer"),
     ],

@@ -23,7 +23,7 @@ from hypothesis import settings as examples
 from hypothesis import strategies as st
 
 from flowsentry.config import ServiceGateSettings
-from flowsentry.detector import Detector, Tail
+from flowsentry.detector import Detector, Judged, Tail, Watch
 from flowsentry.features.transform import Transform
 from flowsentry.learning.candidates import score_fold
 from flowsentry.learning.quality_gate import Rule
@@ -255,6 +255,67 @@ def test_another_model_under_the_same_version_is_found(small: Small, case: Case,
         assert said in words
 
 
+def renamed(judged: Judged, **changed: str) -> Judged:
+    """What a service says whose view words everything otherwise."""
+    manifest = judged.detector.manifest
+    features = tuple(feature.model_copy(update=changed) for feature in manifest.features)
+    detector = replace(judged.detector, manifest=manifest.model_copy(update={"features": features}))
+    detector = replace(detector, model=replace(detector.model))  # reasons are known by the model
+    return replace(judged, detector=detector)
+
+
+@pytest.mark.parametrize(
+    ("change", "rules", "words"),
+    [
+        (lambda head, judged, ids: (replace(head, model_version="6"), judged, ids), {"same versions"}, "version 6"),
+        (lambda head, judged, ids: (replace(head, view_version="0"), judged, ids), {"same versions"}, "version 0"),
+        (lambda head, judged, ids: (head, judged, ids[-1:] + ids[:-1]), {"same flow ids"}, " not "),
+        (
+            lambda head, judged, ids: (head, renamed(judged, anomaly="dns-tunnel"), ids),
+            {"same anomaly types"},
+            ": dns-tunnel not ",
+        ),
+        (
+            lambda head, judged, ids: (head, renamed(judged, window="7s"), ids),
+            {"same baseline windows"},
+            ": 7s not ",
+        ),
+        (
+            lambda head, judged, ids: (head, renamed(judged, description="something"), ids),
+            {"same reasons"},
+            "(something: ",
+        ),
+    ],
+)
+def test_what_a_verdict_is_signed_with_and_how_it_is_explained_counts_too(
+    case: Case, change: Callable[..., tuple[wire.Head, Judged, list[str]]], rules: set[str], words: str
+) -> None:
+    """A service whose scores are right; at the first flows nothing is wrong yet."""
+    detector = case.detector
+    watches: dict[str, Watch] = {}
+
+    def answer(handler: BaseHTTPRequestHandler, body: bytes) -> None:
+        kind, stream = handler.headers["Content-Type"], handler.path.partition("stream=")[2].partition("&")[0]
+        batch = wire.parse(body, kind, max_flows=100_000, now_ms=1 << 42)
+        watch = watches.setdefault(stream, detector.watch())
+        judged = watch.take(batch.columns)
+        seen, view = watch.stream.seen, detector.manifest
+        head = wire.Head(stream, seen, 0, "7", view.name, view.version, detector.limit)
+        if seen > 100:
+            head, judged, ids = change(head, judged, batch.flow_ids)
+            batch = replace(batch, flow_ids=ids)
+        reply(handler, wire.answer(kind, head, judged, batch), kind=kind, seen=seen)
+
+    with talking(answer, {}) as endpoint:
+        decision = case.check(endpoint, digest=None)
+    assert failed(decision) == rules
+    (name,) = rules
+    assert words in rule(decision, name).words
+    first = decision.differences[0]
+    assert first.expected.words(first.kinds[0]) != first.got.words(first.kinds[0])
+    assert first.expected.anomaly_score == first.got.anomaly_score
+
+
 def test_figures_that_are_not_those_of_the_card_are_named(case: Case, tmp_path: Path) -> None:
     card = orjson.loads(orjson.dumps(case.detector.card))
     family, share = next(iter(card["validation"]["corrected"]["families"].items()))
@@ -357,7 +418,9 @@ def answer_no_numbers(handler: BaseHTTPRequestHandler, body: bytes) -> None:
     """Arrow can carry what JSON cannot."""
     count = _count(handler, body)
     row = {"label": "benign", "anomaly_score": float("nan"), "threshold": 3.0, "warm": True, "model_version": "7"}
-    table = pa.Table.from_pylist([{"index": i, "first_alarm": None, "rejected": None, **row} for i in range(count)])
+    row |= {"flow_id": "a", "view_version": "1", "reasons": []}
+    row |= dict.fromkeys(["first_alarm", "rejected", "anomaly_type", "baseline_window"])
+    table = pa.Table.from_pylist([{"index": i, **row} for i in range(count)])
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
