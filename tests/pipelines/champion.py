@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
-from zenml import save_artifact
+from zenml import log_metadata, save_artifact
 from zenml.client import Client
 from zenml.enums import ExecutionStatus
 from zenml.model.utils import link_artifact_version_to_model_version
@@ -26,8 +26,10 @@ from flowsentry.flows.places import places
 from flowsentry.flows.reports import collapse, identify
 from flowsentry.flows.schema import is_malicious
 from flowsentry.learning.families import FAMILIES
+from flowsentry.learning.quality_gate import Exposure
+from flowsentry.serving.deployer import Deployed, Record
 from flowsentry.simulation import SimulationSettings, simulate
-from materializers import DetectorMaterializer
+from materializers import DetectorMaterializer, ExposureMaterializer
 from steps.register import MODEL
 
 
@@ -57,8 +59,8 @@ def trained(family: str = "decision_tree") -> Detector:
     )
 
 
-def register(detector: Detector) -> ModelVersionResponse:
-    """A new version of the model, at no stage."""
+def register(detector: Detector, *, digest: str | None = None, learned: Exposure | None = None) -> ModelVersionResponse:
+    """A new version of the model, at no stage; with the digest of its bundle it can be known as the champion."""
     client = Client()
     try:
         model = client.get_model(MODEL)
@@ -67,6 +69,11 @@ def register(detector: Detector) -> ModelVersionResponse:
     version = client.create_model_version(model.id)
     artifact = save_artifact(detector, "detector", materializer=DetectorMaterializer)
     link_artifact_version_to_model_version(artifact, version)
+    if learned is not None:
+        exposure = save_artifact(learned, "exposure", materializer=ExposureMaterializer)
+        link_artifact_version_to_model_version(exposure, version)
+    if digest is not None:
+        log_metadata(metadata={"bundle_digest": digest}, model_version_id=version.id)
     return client.get_model_version(MODEL, version.name)
 
 
@@ -81,6 +88,12 @@ def no_model() -> Iterator[None]:
 def _forget() -> None:
     with contextlib.suppress(KeyError):
         Client().delete_model(MODEL)
+
+
+def deployed(version: ModelVersionResponse | str, digest: str) -> Record:
+    """What the deployer says if this is the champion."""
+    name = version if isinstance(version, str) else str(version.name)
+    return Record(champion=Deployed(model_version=name, digest=digest, url="http://127.0.0.1:1"))
 
 
 @dataclass(frozen=True)

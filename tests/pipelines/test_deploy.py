@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+from zenml import log_metadata
 from zenml.client import Client
 from zenml.enums import ExecutionStatus
 
@@ -115,6 +116,27 @@ def test_the_same_again_changes_nothing_in_production(first: Ran, production: Lo
     assert "is the champion already" in again.out
 
 
+def test_a_champion_of_another_store_is_not_taken_for_the_version_with_its_number(
+    first: Ran, production: LocalDeployer
+) -> None:
+    """Every store counts from 1: this one notes that its version 1 became another bundle."""
+    before = production.record()
+    assert before.champion is not None
+    version = Client().get_model_version("flowsentry", "1").id
+    log_metadata(metadata={"bundle_digest": "f" * 64}, model_version_id=version)
+    try:
+        refused = start("train")
+    finally:
+        log_metadata(metadata={"bundle_digest": before.champion.digest}, model_version_id=version)
+    assert refused.status == 1
+    assert "the champion 1 cannot be compared: this ZenML store does not know its bundle" in refused.err
+    assert "quality_gate.without_champion: true" in refused.err
+    decision: QualityDecision = refused.load("quality_gate", "quality_decision")
+    assert [rule.name for rule in decision.rules if rule.outcome == "failed"] == ["champion"]
+    assert decision.champion_digest == before.champion.digest
+    assert production.record() == before
+
+
 def test_a_challenger_that_is_worse_than_the_champion_does_not_reach_production(
     first: Ran, production: LocalDeployer
 ) -> None:
@@ -160,7 +182,10 @@ def test_a_rollback_and_the_way_back_keep_zenml_equal(first: Ran, production: Lo
     Client().get_model_version("flowsentry", newest).set_stage("production", force=True)
     status = run("--status")
     assert status.status == 1
-    assert status.err == f"error: version 1 is in production, but ZenML has version {newest} at stage production\n"
+    assert status.err == (
+        f"error: version 1 is in production, but ZenML has version {newest} at stage production: "
+        "python run.py --pipeline train again, or --rollback, makes them equal\n"
+    )
 
 
 def test_the_status_starts_nothing_and_an_altered_bundle_does_not_keep_it_from_answering(

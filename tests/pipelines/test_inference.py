@@ -17,7 +17,7 @@ from flowsentry.flows.columns import Columns
 from flowsentry.reporting.verdict_summary import VerdictSummary
 from flowsentry.simulation.files import write
 from stacks import apply
-from tests.pipelines.champion import Ran, no_model, recording, refused, register, start, trained
+from tests.pipelines.champion import Ran, deployed, no_model, recording, refused, register, start, trained
 
 FILES = {
     *("verdicts.parquet", "verdicts.ndjson", "findings.ndjson"),
@@ -40,6 +40,7 @@ def folder(isolated_zenml: Path, tmp_path_factory: pytest.TempPathFactory) -> It
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("runs")
         patch.chdir(folder)
+        patch.setenv("FLOWSENTRY_HOME", str(folder / "home"))
         apply.activate("local")
         (folder / "config.yaml").write_text(
             "data: simulate\nsimulation: {seed: 5, minutes: 60, scale: 0.1, episodes: 1}\n"
@@ -56,8 +57,8 @@ def untrained(folder: Path) -> tuple[int, str, str]:
 
 @pytest.fixture(scope="module")
 def versions(untrained: object, detector: Detector, other: Detector) -> tuple[str, str]:
-    """Numbers of the champion and of another version."""
-    champion, another = register(detector), register(other)
+    """Numbers of the version at stage production, with nothing deployed, and of another one."""
+    champion, another = register(detector), register(other, digest="a" * 64)
     champion.set_stage("production", force=True)
     return str(champion.name), str(another.name)
 
@@ -200,6 +201,26 @@ def test_the_cache_answers_for_the_same_champion_only(
     named = start("inference", "--model-version", versions[1])
     assert named.states["detect"] == ExecutionStatus.CACHED
     assert f"by model version {versions[1]} (tails" in named.out
+
+
+def test_the_deployed_champion_judges_by_its_digest_not_the_version_at_stage_production(
+    labelled: Ran, versions: tuple[str, str], folder: Path
+) -> None:
+    assert f"model version {versions[0]} judges: at stage production, as nothing is deployed" in labelled.out
+    record = folder / "home" / "record.json"
+    record.parent.mkdir()
+    try:
+        record.write_text(deployed(versions[1], "a" * 64).model_dump_json())
+        ran = start("inference")
+        record.write_text(deployed(versions[1], "b" * 64).model_dump_json())
+        status, out, err = refused("inference")
+    finally:
+        record.unlink()
+    assert ran.status == 0
+    assert f"model version {versions[1]} judges: the champion" in ran.out
+    assert f"by model version {versions[1]} (tails" in ran.out
+    assert (status, out) == (2, "")
+    assert "this ZenML store does not know its bundle bbbbbbbbbbbb: use the ZenML store that it was trained in" in err
 
 
 def test_an_unknown_version_is_refused_with_those_that_are_known(versions: tuple[str, str]) -> None:
