@@ -1,6 +1,7 @@
 """Where the checkpoints of streams live: a folder, or an object store that fsspec reaches (`s3://bucket/prefix`).
 
 Credentials of an object store come from the environment or the instance, as its client finds them; never from the URL.
+So does the address of one that is not Amazon's: `AWS_ENDPOINT_URL`.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ _NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}(/[A-Za-z0-9][A-Za-z
 _PART: Final = ".part"
 _ABANDONED_SECONDS: Final = 3600
 """Age at which an unfinished file is nobody's: its writer was killed."""
+LONGEST_SECONDS: Final = 60.0
+"""How long an object store may take for one content; its client's own attempts and waits would add up to minutes."""
 _S3_OPTIONS: Final = {
     "config_kwargs": {"connect_timeout": 5, "read_timeout": 30, "retries": {"max_attempts": 2, "mode": "standard"}}
 }
@@ -134,7 +137,7 @@ class ObjectStore:
     def read(self, name: str, most: int | None = None) -> bytes | None:
         path = self._path(name)
         try:
-            return bytes(self._files.cat_file(path, start=None if most is None else 0, end=most))
+            return bytes(self._files.cat_file(path, start=None if most is None else 0, end=most, **self._bounds()))
         except FileNotFoundError:
             return None
         except Exception as error:  # each client has exceptions of its own
@@ -143,18 +146,21 @@ class ObjectStore:
     def write(self, name: str, content: bytes) -> None:
         path = self._path(name)
         try:
-            self._files.pipe_file(path, content)
+            self._files.pipe_file(path, content, **self._bounds())
         except Exception as error:
             raise _failed("write", name, error) from error
 
     def delete(self, name: str) -> None:
         path = self._path(name)
         try:
-            self._files.rm_file(path)
+            self._files.rm_file(path, **self._bounds())
         except FileNotFoundError:
             return
         except Exception as error:
             raise _failed("delete", name, error) from error
+
+    def _bounds(self) -> dict[str, float]:
+        return {"timeout": LONGEST_SECONDS} if self._files.async_impl else {}
 
     def _path(self, name: str) -> str:
         return f"{self._root}/{_checked(name)}"

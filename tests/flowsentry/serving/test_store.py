@@ -1,15 +1,19 @@
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import resource
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from flowsentry.errors import ConfigError, StoreError
 from flowsentry.serving.store import Store, open_store
@@ -68,8 +72,103 @@ def test_an_unknown_kind_of_store_is_refused() -> None:
         open_store("nosuch://bucket/x")
 
 
-def test_an_object_store_is_opened_without_asking_it() -> None:
-    assert open_store("s3://bucket/prefix") is not None
+class Bucket:
+    """Objects over S3's HTTP interface on this machine, whoever signs; silent if told so."""
+
+    def __init__(self) -> None:
+        self.objects: dict[str, bytes] = {}
+        self.asked: list[str] = []
+        self.is_silent = False
+
+    async def answer(self, request: web.BaseRequest) -> web.Response:
+        self.asked.append(request.method)
+        if "Expect" in request.headers and request.transport is not None:
+            request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        content, key = await request.read(), request.path
+        while self.is_silent:
+            await asyncio.sleep(0.05)
+        if request.method == "PUT":
+            self.objects[key] = content
+            return web.Response(headers={"ETag": '"0"'})
+        if request.method == "DELETE":
+            self.objects.pop(key, None)
+            return web.Response(status=204)
+        if key not in self.objects:
+            text = "<Error><Code>NoSuchKey</Code><Message>none</Message></Error>"
+            return web.Response(status=404, text=text, content_type="application/xml")
+        part = request.http_range
+        return web.Response(status=206 if part.stop else 200, body=self.objects[key][part])
+
+
+@pytest.fixture
+def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bucket]:
+    """What `s3://` leads to, by the environment."""
+    from s3fs import S3FileSystem
+
+    async def listen() -> web.ServerRunner:
+        runner = web.ServerRunner(web.Server(bucket.answer), shutdown_timeout=1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        return runner
+
+    bucket, loop = Bucket(), asyncio.new_event_loop()
+    runner = loop.run_until_complete(listen())
+    thread = threading.Thread(target=loop.run_forever)
+    thread.start()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://{}:{}".format(*runner.addresses[0][:2]))
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "anybody")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "anything")
+    monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    S3FileSystem.clear_instance_cache()
+    yield bucket
+    bucket.is_silent = False
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(10)
+    loop.call_soon_threadsafe(loop.stop)
+    thread.join()
+    loop.close()
+    S3FileSystem.clear_instance_cache()
+
+
+def test_an_object_store_is_where_the_environment_says_and_asked_only_when_used(bucket: Bucket) -> None:
+    store = open_store("s3://bucket/prefix")
+    assert bucket.asked == []
+    assert store.read(NAME) is None
+    store.write(NAME, b"first")
+    store.write(NAME, b"second, longer")
+    assert bucket.objects == {f"/bucket/prefix/{NAME}": b"second, longer"}
+    bucket.objects[f"/bucket/prefix/{NAME}"] = b"another replica's"  # nothing is remembered from before
+    assert (store.read(NAME), store.read(NAME, 7)) == (b"another replica's", b"another")
+    store.delete(NAME)
+    store.delete(NAME)
+    assert store.read(NAME) is None and bucket.objects == {}
+
+
+def test_an_object_store_that_is_not_there_fails_soon(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{port}")
+    store = open_store("s3://bucket/prefix")
+    begin = time.monotonic()
+    for use in (lambda: store.read(NAME), lambda: store.write(NAME, b"x"), lambda: store.delete(NAME)):
+        with pytest.raises(StoreError, match="in the store of checkpoints"):
+            use()
+    assert time.monotonic() - begin < 20
+
+
+def test_an_object_store_that_never_answers_is_given_up(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flowsentry.serving.store.LONGEST_SECONDS", 0.5)
+    store = open_store("s3://bucket/prefix")
+    bucket.is_silent = True
+    for use in (lambda: store.read(NAME), lambda: store.write(NAME, b"x"), lambda: store.delete(NAME)):
+        begin = time.monotonic()
+        with pytest.raises(StoreError, match="TimeoutError"):
+            use()
+        assert time.monotonic() - begin < 3
+    bucket.is_silent = False
+    store.write(NAME, b"x")
+    assert store.read(NAME) == b"x"
 
 
 def test_others_on_the_machine_cannot_read_a_checkpoint(tmp_path: Path) -> None:
