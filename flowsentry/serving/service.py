@@ -7,6 +7,7 @@ but the health checks itself. Importing this module loads nothing.
 
 from __future__ import annotations
 
+import gc
 import logging
 import sys
 import time
@@ -116,6 +117,7 @@ class FlowSentry:
         settings = Settings.read()
         model = Model.load(Path(__file__).resolve().parents[2])
         rehearse(model)
+        gc.freeze()  # what is here now stays: the collector need not look at it again with every few requests
         limits = Limits(settings.streams, settings.memory_bytes, settings.checkpoint_flows, settings.checkpoint_seconds)
         self._streams = Streams(model.detector, open_store(settings.state), limits)
         self._app = App(model, self._streams, settings, orjson.dumps(schema.openapi()))
