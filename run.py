@@ -21,6 +21,7 @@ from flowsentry.errors import ConfigError, FlowSentryError, StackError
 from flowsentry.flows import sources
 
 if TYPE_CHECKING:
+    from pipelines.submit import Place
     from pipelines.summary import RunSummary
 
 ROOT: Final = Path(__file__).resolve().parent
@@ -120,9 +121,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except FlowSentryError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2 if isinstance(error, ConfigError) else 1
-    except KeyboardInterrupt:
-        print("error: interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"error: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)
         return 130
+    if summary is None:
+        return 0
     print(f"\n{summary.text}")
     if summary.failure:
         print(f"error: {summary.failure}", file=sys.stderr)
@@ -167,9 +170,15 @@ def _check_writable(folder: Path) -> None:
         raise ConfigError(f"{str(folder)!r}: reports cannot be written there: {error}") from None
 
 
-def _activate(stack: str) -> None:
+def _activate(stack: str) -> Place | None:
+    """Put a stack to use; gives the place where its pipelines run if that is not this process."""
     if not sys.stdout.isatty():
         os.environ.setdefault("ZENML_LOGGING_COLORS_DISABLED", "true")
+    ready = None
+    if stack == "cluster":
+        from stacks import preflight
+
+        ready = preflight.pass_or_raise()  # logs in too, which has to come before ZenML
     try:
         from stacks import apply, console  # imports ZenML: seconds, and log output that has to be tamed first
 
@@ -177,12 +186,18 @@ def _activate(stack: str) -> None:
         apply.activate(stack)
     except OSError as error:
         raise StackError(f"ZenML cannot use its folder {error.filename or ''}: {error.strerror}") from None
+    if ready is None:
+        return None
+    from stacks.place import ClusterPlace
+
+    return ClusterPlace(*ready)
 
 
-def _run(pipeline: Pipeline, config: PipelineConfig, asked: argparse.Namespace) -> RunSummary:
-    _activate(asked.stack)
+def _run(pipeline: Pipeline, config: PipelineConfig, asked: argparse.Namespace) -> RunSummary | None:
+    place = _activate(asked.stack)
     options = {"model_version": asked.model_version} if asked.pipeline == "inference" else {}
-    summary: RunSummary = importlib.import_module(pipeline.module).run(config, cache=not asked.no_cache, **options)
+    module = importlib.import_module(pipeline.module)
+    summary: RunSummary | None = module.run(config, cache=not asked.no_cache, place=place, **options)
     return summary
 
 

@@ -10,14 +10,14 @@ from zenml.config.cache_policy import CachePolicy
 from zenml.enums import ExecutionMode
 
 from flowsentry.config import InferenceConfig
-from flowsentry.errors import FlowSentryError
-from flowsentry.flows import sources
 from flowsentry.simulation import SimulationSettings
-from pipelines.summary import RunSummary, run_name, summarise
+from pipelines.submit import Place, submit
+from pipelines.summary import RunSummary
 from steps import stages
 from steps.code_digest import code_digest
 from steps.detect import detect
 from steps.load import load
+from steps.uploads import shared
 from steps.validate import validate
 
 
@@ -38,36 +38,30 @@ def inference(
     detect(valid_reports, quarantine, rows, artifact, model_version)
 
 
-def run(config: InferenceConfig, *, cache: bool, model_version: str | None) -> RunSummary:
-    """Run the pipeline on the active stack and write verdicts and pages to the folder of reports.
+def run(
+    config: InferenceConfig, *, cache: bool, model_version: str | None, place: Place | None = None
+) -> RunSummary | None:
+    """Run the pipeline on the active stack and write verdicts and pages to the folder of reports; see `submit`.
 
     Args:
         config: what to do.
         cache: take the result of a step from an earlier run with the same inputs and the same code.
         model_version: number of the version that judges; None: the champion, or if nothing is deployed the version at
             stage production.
-
-    Returns:
-        What the run found; if it failed with an error of ours, why, and the pages that it had made.
+        place: where it runs; None: in this process.
 
     Raises:
         FlowSentryError: it could not begin, as there is no such model version, or its pages cannot be written.
     """
     judge = stages.judge(model_version, stages.deployer().record())
     print(f"model version {judge.model_version} judges: {judge.why}")
-    data = [] if config.simulated else list(config.data)
-    digests = sources.digests(data) if data else {}
-    name = run_name("inference")
-    configured = inference.with_options(run_name=name, enable_cache=cache)
-    try:
-        configured(
-            data=data,
-            digests=digests,
-            simulation=config.simulation,
-            max_quarantine_share=config.validation.max_quarantine_share,
-            detector=str(judge.detector.id),
-            model_version=judge.model_version,
-        )
-    except FlowSentryError as error:
-        return summarise(name, config.reports, error)
-    return summarise(name, config.reports)
+    data, digests = shared(config)
+    parameters = {
+        "data": data,
+        "digests": digests,
+        "simulation": config.simulation,
+        "max_quarantine_share": config.validation.max_quarantine_share,
+        "detector": str(judge.detector.id),
+        "model_version": judge.model_version,
+    }
+    return submit(inference, config, parameters, cache=cache, place=place)

@@ -7,14 +7,14 @@ from zenml.config.cache_policy import CachePolicy
 from zenml.enums import ExecutionMode
 
 from flowsentry.config import ReplayConfig
-from flowsentry.errors import FlowSentryError
-from flowsentry.flows import sources
 from flowsentry.simulation import SimulationSettings
-from pipelines.summary import RunSummary, run_name, summarise
+from pipelines.submit import Place, submit
+from pipelines.summary import RunSummary
 from steps import stages
 from steps.code_digest import code_digest
 from steps.load import load
 from steps.replay import replay as send
+from steps.uploads import shared
 from steps.validate import validate
 
 
@@ -33,33 +33,25 @@ def replay(
     send(valid_reports, source, speed)
 
 
-def run(config: ReplayConfig, *, cache: bool) -> RunSummary:
-    """Run the pipeline on the active stack and write its pages to the folder of reports.
+def run(config: ReplayConfig, *, cache: bool, place: Place | None = None) -> RunSummary | None:
+    """Run the pipeline on the active stack and write its pages to the folder of reports; see `submit`.
 
     Args:
         config: what to do.
         cache: take flows that were loaded and validated before.
-
-    Returns:
-        What the run found; if it failed with an error of ours, why, and the pages that it had made.
+        place: where it runs; None: in this process.
 
     Raises:
         FlowSentryError: it could not begin, as nothing is in production, or its pages cannot be written.
     """
     stages.deployer().endpoint()  # before minutes of work, not after
-    data = [] if config.simulated else list(config.data)
-    digests = sources.digests(data) if data else {}
-    name = run_name("replay")
-    configured = replay.with_options(run_name=name, enable_cache=cache)
-    try:
-        configured(
-            data=data,
-            digests=digests,
-            simulation=config.simulation,
-            max_quarantine_share=config.validation.max_quarantine_share,
-            source=", ".join(data) or f"simulated flows, seed {config.simulation.seed}",
-            speed=config.speed,
-        )
-    except FlowSentryError as error:
-        return summarise(name, config.reports, error)
-    return summarise(name, config.reports)
+    data, digests = shared(config)
+    parameters = {
+        "data": data,
+        "digests": digests,
+        "simulation": config.simulation,
+        "max_quarantine_share": config.validation.max_quarantine_share,
+        "source": f"simulated flows, seed {config.simulation.seed}" if config.simulated else ", ".join(config.data),
+        "speed": config.speed,
+    }
+    return submit(replay, config, parameters, cache=cache, place=place)

@@ -7,11 +7,10 @@ from zenml.config.cache_policy import CachePolicy
 from zenml.enums import ExecutionMode
 
 from flowsentry.config import QualityGateSettings, SelectSettings, ServiceGateSettings, SplitSettings, TrainConfig
-from flowsentry.errors import FlowSentryError
-from flowsentry.flows import sources
 from flowsentry.learning.candidates import Recipe
 from flowsentry.simulation import SimulationSettings
-from pipelines.summary import RunSummary, run_name, summarise
+from pipelines.submit import Place, submit
+from pipelines.summary import RunSummary
 from steps.build import build
 from steps.check_protocol import check_protocol
 from steps.code_digest import code_digest
@@ -23,6 +22,7 @@ from steps.quality_gate import quality_gate
 from steps.register import register
 from steps.select import select
 from steps.train_sweep import train_sweep
+from steps.uploads import shared
 from steps.validate import validate
 
 
@@ -63,45 +63,28 @@ def train(
         deploy(bundle, detector, version, decision, valid_reports, flows, splits, service)
 
 
-def run(config: TrainConfig, *, cache: bool) -> RunSummary:
-    """Run the pipeline on the active stack and write its pages to the folder of reports.
-
-    Args:
-        config: what to do.
-        cache: take the result of a step from an earlier run with the same inputs and the same code.
-
-    Returns:
-        What the run found; if it failed with an error of ours, why, and the pages that it had made.
-
-    Raises:
-        FlowSentryError: it could not begin, or its pages cannot be written.
-    """
-    data = [] if config.simulated else list(config.data)
-    digests = sources.digests(data) if data else {}
-    name = run_name("train")
-    configured = train.with_options(run_name=name, enable_cache=cache)
-    try:
-        configured(
-            data=data,
-            digests=digests,
-            simulation=config.simulation,
-            max_quarantine_share=config.validation.max_quarantine_share,
-            view=config.view,
-            splitting=config.splits,
-            families=list(config.families),
-            recipe=Recipe(
-                labels=config.labels,
-                metric=config.search.metric,
-                inner_folds=config.search.folds,
-                target_fpr=config.limit.target_fpr,
-                needs_effect=config.limit.minimum_effect,
-                seed=config.splits.seed,
-            ),
-            selecting=config.select,
-            deploying=config.deploy,
-            quality=config.quality_gate,
-            service=config.service_gate,
-        )
-    except FlowSentryError as error:
-        return summarise(name, config.reports, error)
-    return summarise(name, config.reports)
+def run(config: TrainConfig, *, cache: bool, place: Place | None = None) -> RunSummary | None:
+    """Run the pipeline on the active stack and write its pages to the folder of reports; see `submit`."""
+    data, digests = shared(config)
+    parameters = {
+        "data": data,
+        "digests": digests,
+        "simulation": config.simulation,
+        "max_quarantine_share": config.validation.max_quarantine_share,
+        "view": config.view,
+        "splitting": config.splits,
+        "families": list(config.families),
+        "recipe": Recipe(
+            labels=config.labels,
+            metric=config.search.metric,
+            inner_folds=config.search.folds,
+            target_fpr=config.limit.target_fpr,
+            needs_effect=config.limit.minimum_effect,
+            seed=config.splits.seed,
+        ),
+        "selecting": config.select,
+        "deploying": config.deploy,
+        "quality": config.quality_gate,
+        "service": config.service_gate,
+    }
+    return submit(train, config, parameters, cache=cache, place=place)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, Literal
 from uuid import UUID
@@ -18,6 +20,7 @@ from zenml.utils import source_utils
 
 from flowsentry.config import Section, load
 from flowsentry.errors import StackError
+from stacks import site
 
 FOLDER: Final = Path(__file__).parent
 
@@ -42,7 +45,7 @@ class Component(Section):
 
 
 class StackFile(Section):
-    """A stack in the form of `zenml stack export`."""
+    """A stack in the form of `zenml stack export`; `${key}` within a configuration stands for a value of the site."""
 
     stack_name: str = Field(pattern="^flowsentry-")
     """Begins with our name: a stack that the user made is never changed."""
@@ -88,10 +91,10 @@ def apply(path: Path) -> UUID:
         The stack's id.
 
     Raises:
-        ConfigError: the file is not as it should be.
+        ConfigError: the file, or the site that it needs, is not as it should be.
         StackError: it is for another version of ZenML, or ZenML refuses it.
     """
-    wanted = load(path, StackFile)
+    wanted = _filled(path, load(path, StackFile))
     if wanted.zenml_version != zenml.__version__:
         raise StackError(f"{path}: is for ZenML {wanted.zenml_version}, but {zenml.__version__} is installed")
     client = Client()
@@ -124,6 +127,34 @@ def activate(name: str) -> UUID:
     stack = apply(path_of(name))
     os.environ[ENV_ZENML_ACTIVE_STACK_ID] = str(stack)
     return stack
+
+
+_PLACEHOLDER: Final = re.compile(r"\$\{([^}]*)\}")
+
+
+def _filled(path: Path, file: StackFile) -> StackFile:
+    """The file with the values of the site, which is read only if one is asked for."""
+    values: dict[str, str] = {}
+
+    def value(match: re.Match[str]) -> str:
+        if not values:
+            values.update(asdict(site.load()))
+        if (key := match[1]) not in values:
+            raise StackError(f"{path}: ${{{key}}} is no key of a site; known: {', '.join(values)}")
+        return values[key]
+
+    def fill(content: Any) -> Any:
+        if isinstance(content, str):
+            return _PLACEHOLDER.sub(value, content)
+        if isinstance(content, dict):
+            return {key: fill(below) for key, below in content.items()}
+        return [fill(below) for below in content] if isinstance(content, list) else content
+
+    components = {
+        kind: [component.model_copy(update={"configuration": fill(component.configuration)}) for component in listed]
+        for kind, listed in file.components.items()
+    }
+    return file.model_copy(update={"components": components})
 
 
 def _component(client: Client, path: Path, wanted: Component) -> UUID:

@@ -11,6 +11,7 @@ from flowsentry.errors import SourceError
 from flowsentry.flows import sources
 from flowsentry.simulation import SimulationSettings, simulate
 from materializers import TableMaterializer
+from steps.uploads import at_hand
 
 
 @step(output_materializers={"reports": TableMaterializer, "unreadable_rows": TableMaterializer})
@@ -24,7 +25,7 @@ def load(
     """Read recordings, or simulate one if no data are given.
 
     Args:
-        data: files, folders and globs, one recording each; empty: simulate.
+        data: files, folders and globs, or places of uploaded ones, one recording each; empty: simulate.
         digests: SHA-256 (hex) of every file when the run began, so that other content is another run.
         simulation: of the simulated recording.
 
@@ -35,7 +36,8 @@ def load(
         reports = simulate(simulation)
         log_metadata({"rows_read": len(reports), "layouts": {"simulate": "simulated"}})
         return reports, pd.DataFrame(columns=list(sources.QUARANTINE), dtype=str), {"simulate": repr(simulation)}
-    loaded = sources.read(data, print)
+    with at_hand(data) as files:
+        loaded = sources.read(files, print)
     changed = sorted(set(loaded.files.values()) ^ set(digests.values()))
     if changed:
         raise SourceError(f"the files of {', '.join(data)} changed while the run began; run it again")

@@ -123,6 +123,16 @@ def digests(data: Sequence[str | Path]) -> dict[str, str]:
     return {name: _digest(path) for path, name in names.items()}
 
 
+def recordings(data: Sequence[str | Path]) -> list[tuple[str, list[Path]]]:
+    """Name and files of every recording that `read` would read.
+
+    Raises:
+        SourceError: as `check`.
+    """
+    entries, _ = _entries(data, lambda message: None)
+    return [(recording, list(files)) for recording, files in entries]
+
+
 def _entries(
     data: Sequence[str | Path], say: Callable[[str], None]
 ) -> tuple[list[tuple[str, dict[Path, Layout]]], dict[Path, str]]:
