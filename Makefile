@@ -12,7 +12,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3 python; do \
 	$$p -c 'import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 13))' 2>/dev/null && command -v $$p && break; done)
 DASHBOARD_PORT := 8237
 MLFLOW_PORT := 5000
-SOURCES := flowsentry steps pipelines materializers stacks tests benchmarks run.py
+SOURCES := flowsentry steps pipelines materializers stacks docker tests benchmarks run.py
 
 .PHONY: help
 help: ## List the targets
@@ -70,6 +70,10 @@ mlflow: setup ## Serve MLflow (every candidate: parameters, metrics, model) unti
 .PHONY: cluster-services
 cluster-services: setup ## Put ZenML, MLflow, object store and monitoring into the cluster of stacks/site.yaml; OVERLAY=existing for services of your own
 	@$(RUN) -m stacks.services --overlay $(or $(OVERLAY),quickstart)
+
+.PHONY: images
+images: setup ## Build the images and push them to the site's registry (stacks/site.yaml), unless they are there
+	@$(RUN) -m stacks.images
 
 .PHONY: lock
 lock: $(UV) ## Resolve pyproject.toml into requirements/ again; packages named in UPGRADE="a b" may move

@@ -24,13 +24,8 @@ FILE: Final = ROOT / "stacks" / "site.yaml"
 VARIABLE: Final = "FLOWSENTRY_SITE"
 """Names another file; with `_<KEY>` behind it, one key."""
 
-IMAGE_INPUTS: Final = (
-    "docker/Dockerfile",
-    "requirements/runtime.txt",
-    "requirements/serving.txt",
-    "requirements/uv.txt",
-)
-"""What the images are made from: others of these files are other images. Code is not among them, it is fetched."""
+BUILD_CONTEXT: Final = ".dockerignore"
+"""Lists, each behind a `!`, what the images are made from. Pipelines' code is not among it: pods fetch that."""
 
 _NAME: Final = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 _URL: Final = r"^https?://[^\s/]+(/[^\s]*)?$"
@@ -122,6 +117,21 @@ def load(environment: Mapping[str, str] = os.environ) -> Site:
     )
 
 
+def image_inputs() -> list[str]:
+    """What the images are made from: all that is sent to the builder, and the list of it.
+
+    Raises:
+        ConfigError: the list cannot be read.
+    """
+    try:
+        lines = (ROOT / BUILD_CONTEXT).read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(
+            f"{BUILD_CONTEXT}: cannot be read ({type(error).__name__}); it says what images hold"
+        ) from None
+    return [BUILD_CONTEXT, *sorted(line[1:] for line in lines if line.startswith("!"))]
+
+
 def image_tag() -> str:
     """First 12 digits of the SHA-256 of what the images are made from: equal inputs are built once.
 
@@ -129,7 +139,7 @@ def image_tag() -> str:
         ConfigError: one of the files is missing.
     """
     digest = hashlib.sha256()
-    for name in IMAGE_INPUTS:
+    for name in image_inputs():
         try:
             digest.update(f"{name}\0".encode() + hashlib.sha256((ROOT / name).read_bytes()).digest())
         except OSError as error:
