@@ -10,7 +10,8 @@ Each part in one run against a named alternative:
     batches  1,000 flows a request: JSON, NDJSON and Arrow against each other, by CPU seconds of the service
     tick     the worst reporting tick in one request
     start    from the command to ready, against a service with nothing in it
-    hostile  100,000 malformed requests: no answer 5xx, memory as before
+    hostile  100,000 malformed requests, then the longest bodies with the most values: no answer 5xx but 503, bounded
+             memory, and other streams go on meanwhile
     equal    offline, one by one, by tick and all at once through HTTP: differing verdicts
 
 The load generator is a process of its own on the same cores. Detectors are trained on a simulated hour.
@@ -33,6 +34,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -319,14 +321,56 @@ def hostile(bench: Bench) -> None:
         for _ in range(2_000):
             _garbage(server.port, generator)
         after = server.worker.memory_info().rss
+        long, beside, peak = _long_bodies(server, bench)
         assert _answers(server.port, "/readyz")
         with Client(f"http://127.0.0.1:{server.port}") as client:
             client.post_verdicts(valid[0], media_type=JSON, stream="alive")
     total = sum(statuses.values()) + 2_000
     print(f"{total:,} malformed requests by hand: " + ", ".join(f"{n:,} x {s}" for s, n in sorted(statuses.items())))
     print(f"schemathesis, from /v1/openapi.json: {fuzzed}")
-    print(f"answers 5xx: {sum(n for s, n in statuses.items() if s >= 500 and s != 503):,}, busy: {statuses[503]:,}")
     print(f"memory {before / 2**20:.0f} MiB before, {after / 2**20:.0f} MiB after")
+    print(f"{sum(long.values())} bodies of up to 32 MiB: " + ", ".join(f"{n} x {s}" for s, n in sorted(long.items())))
+    line = f"{1e3 * beside.percentile(50):.1f} ms p50, {1e3 * beside.latency.max():.0f} ms worst"
+    print(f"memory {peak / 2**20:.0f} MiB at the peak; another stream meanwhile: {line}")
+    everything = statuses + long + Counter(beside.statuses)
+    errors = {status: n for status, n in everything.items() if status >= 500 and status != 503}
+    print(f"answers 5xx but 503: {sum(errors.values()):,}, 503: {everything[503]:,}")
+    assert not errors, errors
+    assert set(beside.statuses) == {200}, beside.statuses
+    assert after - before < 64 << 20, "memory grows with requests"
+    assert peak - after < MOST_GROWTH, "long bodies take too much memory"
+
+
+LONGEST = 32 << 20
+MOST_GROWTH = 24 * LONGEST
+"""Of the service's memory under long bodies: eight are held at once, each twice while it is put together; one is
+parsed; the streams keep their last answers."""
+
+
+def _long_bodies(server: Server, bench: Bench) -> tuple[Counter[int], Load, int]:
+    """Bodies of the longest kind on 12 connections: their statuses, one stream beside them, memory at the peak."""
+    bodies = [
+        b'{"flows":[%s]}' % (unit * (LONGEST // len(unit) - 1))[:-1] for unit in (b"{},", b"[],", b"999,", b'"ab",')
+    ]
+    bodies += [b'{"flows":[{%s}]}' % b",".join(b'"%x":0' % number for number in range(2_000_000))]
+    bodies += [encode((bench.rows * (50_000 // len(bench.rows) + 1))[:50_000], JSON)]
+    Path(f"/proc/{server.worker.pid}/clear_refs").write_text("5")
+    with ThreadPoolExecutor(13) as pool:
+        beside = pool.submit(server.measure, [bench.single(6_400, "beside")[0]], 20.0)
+        long = Counter(pool.map(lambda number: _post(server.port, f"long{number}", bodies[number % 6]), range(48)))
+        load, _ = beside.result()
+    status = Path(f"/proc/{server.worker.pid}/status").read_text().splitlines()
+    return long, load, next(int(line.split()[1]) << 10 for line in status if line.startswith("VmHWM"))
+
+
+def _post(port: int, stream: str, body: bytes) -> int:
+    connection = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    try:
+        with suppress(BrokenPipeError, ConnectionResetError):  # refused before all of it was sent
+            connection.request("POST", f"/v1/verdicts?stream={stream}", body, {"Content-Type": JSON})
+        return connection.getresponse().status
+    finally:
+        connection.close()
 
 
 def _malformed(generator: random.Random, valid: Sequence[bytes]) -> bytes:

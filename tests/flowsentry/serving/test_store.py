@@ -105,13 +105,15 @@ def bucket(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Bucket]:
     """What `s3://` leads to, by the environment."""
     from s3fs import S3FileSystem
 
+    bucket = Bucket()
+
     async def listen() -> web.ServerRunner:
         runner = web.ServerRunner(web.Server(bucket.answer), shutdown_timeout=1)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
         return runner
 
-    bucket, loop = Bucket(), asyncio.new_event_loop()
+    loop = asyncio.new_event_loop()
     runner = loop.run_until_complete(listen())
     thread = threading.Thread(target=loop.run_forever)
     thread.start()
