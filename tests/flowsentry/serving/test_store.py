@@ -85,8 +85,10 @@ class Bucket:
         if "Expect" in request.headers and request.transport is not None:
             request.transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
         content, key = await request.read(), request.path
-        while self.is_silent:
-            await asyncio.sleep(0.05)
+        if self.is_silent:
+            while self.is_silent:
+                await asyncio.sleep(0.05)
+            return web.Response(status=500)
         if request.method == "PUT":
             self.objects[key] = content
             return web.Response(headers={"ETag": '"0"'})
