@@ -41,6 +41,12 @@ NODE_PORTS: Final = range(30000, 32768)
 SECONDS: Final = 600.0
 """Longest wait for the services; the first time their images have to be pulled."""
 
+TOLD_SECONDS: Final = 15.0
+"""Between two lines about the wait."""
+_HOPELESS: Final = {"ImagePullBackOff", "InvalidImageName", "CreateContainerConfigError"}
+_RESTARTS: Final = 3
+_PART_OF: Final = "app.kubernetes.io/part-of"
+
 Document = dict[str, Any]
 
 
@@ -75,13 +81,12 @@ def set_up(cluster: Cluster, place: Site, overlay: str) -> None:
         StackError: something is missing, refused or does not become ready; the message says what.
     """
     documents = adapt(render(overlay), place, cluster.pod_networks(), cluster.api_servers())
-    for document in sorted(documents, key=lambda document: document["kind"] != "Namespace"):
-        if document["kind"] == "Namespace":
-            cluster.apply([document])
-            make_secrets(cluster, {each["metadata"]["name"] for each in documents if each["kind"] == "Deployment"})
-            break
-    cluster.apply([document for document in documents if document["kind"] != "Namespace"])
+    cluster.check_namespace()
+    cluster.apply(document for document in documents if document["kind"] == "Namespace")
+    make_secrets(cluster, {document["metadata"]["name"] for document in documents if document["kind"] == "Deployment"})
+    cluster.apply(document for document in documents if document["kind"] != "Namespace")
     cluster.wait([document["metadata"]["name"] for document in documents if document["kind"] == "Deployment"])
+    cluster.prune(document["metadata"]["name"] for document in documents if document["kind"] == "ConfigMap")
     fill(cluster, place)
     tell(place, documents)
 
@@ -139,17 +144,30 @@ def adapt(
                     {"to": [{"ipBlock": {"cidr": f"{address}/32"}}], "ports": [{"port": port}]}
                     for address, port in api_servers
                 ]
+            if metadata["name"] in _TO_SITE:
+                urls = [getattr(place, key) for key in _TO_SITE[metadata["name"]]]
+                document["spec"]["egress"][0]["ports"] = [{"port": port} for port in sorted({*map(_port, urls)})]
         if document["kind"] == "Deployment" and metadata["name"] == "mlflow":
             _allow_hosts(document, place)
     return adapted
 
 
-def _node_ports(place: Site) -> dict[str, int | None]:
+_TO_SITE: Final = {"pipelines-to-site": ("zenml_url", "s3_url", "mlflow_url"), "serving-to-site": ("s3_url",)}
+"""Policies about services outside, and the addresses that they allow."""
+
+
+def _node_ports(place: Site) -> dict[str, int]:
     """Of the services that the site reaches by node ports of its host."""
-    urls = {"zenml": place.zenml_url, "s3": place.s3_url, "mlflow": place.mlflow_url}
-    parts = {name: urlsplit(url) for name, url in urls.items()}
-    here = {name: part.port for name, part in parts.items() if part.hostname == place.host.strip("[]")}
-    return {name: port for name, port in here.items() if port in NODE_PORTS}
+    urls = {"zenml": place.zenml_url, "s3": place.s3_url, "mlflow": place.mlflow_url, "champion": place.serving_url}
+    ports = {name: _port(url) for name, url in urls.items() if urlsplit(url).hostname == place.host.strip("[]")}
+    if "champion" in ports:
+        ports["challenger"] = ports["champion"] + 1
+    return {name: port for name, port in ports.items() if port in NODE_PORTS}
+
+
+def _port(url: str) -> int:
+    parts = urlsplit(url)
+    return parts.port or (443 if parts.scheme == "https" else 80)
 
 
 def _blocks(policy: Document) -> Iterator[Document]:
@@ -199,6 +217,25 @@ class Cluster:
                 f"({type(error).__name__})"
             ) from None
         return cls(api, place.namespace)
+
+    def check_namespace(self) -> None:
+        """Refuse a namespace that somebody else uses: pods there would lose rights and connections.
+
+        Raises:
+            StackError: it is there and not ours.
+        """
+        try:
+            labels = self._core.read_namespace(self.namespace).metadata.labels or {}
+        except ApiException as error:
+            if error.status == 404:
+                return
+            raise
+        if labels.get(_PART_OF) != MANAGER:
+            raise StackError(
+                f"namespace {self.namespace} was not made by this command. It would be closed to others and hold pods "
+                f"to Pod Security `restricted`; if you want that: kubectl label namespace {self.namespace} "
+                f"{_PART_OF}={MANAGER}"
+            )
 
     def pod_networks(self) -> list[str]:
         """CIDRs that nodes give to pods; empty if the cluster does not tell, or not this user."""
@@ -258,6 +295,14 @@ class Cluster:
         if same:
             print(f"  {same} objects are as they should be", flush=True)
 
+    def prune(self, names: Iterable[str]) -> None:
+        """Remove configurations that nothing uses any more: each content has a name of its own."""
+        used = set(names)
+        selector = f"{_PART_OF}={MANAGER},app in (prometheus, grafana)"
+        for found in self._core.list_namespaced_config_map(self.namespace, label_selector=selector).items:
+            if found.metadata.name not in used:
+                self._core.delete_namespaced_config_map(found.metadata.name, self.namespace)
+
     def secret(self, name: str) -> dict[str, str] | None:
         """The values of a Secret; None if there is none."""
         try:
@@ -270,7 +315,7 @@ class Cluster:
 
     def make_secret(self, name: str, values: Mapping[str, str]) -> None:
         """Make a Secret; one that is there stays."""
-        metadata = client.V1ObjectMeta(name=name, labels={"app.kubernetes.io/part-of": "flowsentry"})
+        metadata = client.V1ObjectMeta(name=name, labels={_PART_OF: MANAGER})
         body = client.V1Secret(metadata=metadata, string_data=dict(values), type="Opaque")
         self._core.create_namespaced_secret(self.namespace, body, field_manager=MANAGER)
         print(f"  made Secret {name}", flush=True)
@@ -291,8 +336,8 @@ class Cluster:
         Raises:
             StackError: one is not in time; the message has what its pods say.
         """
-        waiting, begin = list(names), time.monotonic()
-        while waiting:
+        waiting, begin, told = list(names), time.monotonic(), 0.0
+        while True:
             for deployment in self._apps.list_namespaced_deployment(self.namespace).items:
                 name, status = deployment.metadata.name, deployment.status
                 wanted = deployment.spec.replicas
@@ -300,23 +345,36 @@ class Cluster:
                 if name in waiting and current and wanted == status.updated_replicas == status.available_replicas:
                     waiting.remove(name)
                     print(f"  {name} is ready ({time.monotonic() - begin:.0f} s)", flush=True)
-            if waiting and time.monotonic() - begin > SECONDS:
-                raise StackError(
-                    "\n".join(f"{name} is not ready after {SECONDS:.0f} s: {self._trouble(name)}" for name in waiting)
-                )
-            time.sleep(1 if waiting else 0)
+            if not waiting:
+                return
+            waited = time.monotonic() - begin
+            for name in waiting:
+                hopeless, trouble = self._trouble(name)
+                if hopeless or waited > SECONDS:
+                    raise StackError(f"{name} is not ready after {waited:.0f} s: {trouble}")
+            if waited - told > TOLD_SECONDS:
+                told = waited
+                print(f"  waiting for {', '.join(waiting)} ({waited:.0f} s)", flush=True)
+            time.sleep(1)
 
-    def _trouble(self, name: str) -> str:
-        told = []
+    def _trouble(self, name: str) -> tuple[bool, str]:
+        """Whether waiting is of no use, and what the pods and the cluster say."""
+        hopeless, told = False, []
         for pod in self._core.list_namespaced_pod(self.namespace, label_selector=f"app={name}").items:
             for status in pod.status.container_statuses or ():
-                state = status.state.waiting or status.state.terminated
-                if state:
-                    told.append(f"{state.reason} {state.message or ''}".strip())
+                if (state := status.state.waiting) is None:
+                    continue
+                hopeless |= state.reason in _HOPELESS or status.restart_count >= _RESTARTS
+                told.append(f"{state.reason} {state.message or ''}".strip())
+                if status.restart_count:
+                    log = self._core.read_namespaced_pod_log(
+                        pod.metadata.name, self.namespace, container=status.name, previous=True, tail_lines=5
+                    )
+                    told.append(log.strip())
             selector = f"involvedObject.name={pod.metadata.name},type=Warning"
             events = self._core.list_namespaced_event(self.namespace, field_selector=selector).items
             told += [f"{event.reason}: {event.message}" for event in events[-2:]]
-        return "; ".join(dict.fromkeys(told)) or f"see kubectl -n {self.namespace} describe deployment {name}"
+        return hopeless, "\n".join(dict.fromkeys(told)) or f"kubectl -n {self.namespace} describe deployment {name}"
 
     def delete(self, *, asked: bool) -> None:
         """Delete the namespace and wait until it is gone.
@@ -330,7 +388,7 @@ class Cluster:
             if error.status == 404:
                 raise StackError(f"namespace {self.namespace} does not exist") from None
             raise
-        if (namespace.metadata.labels or {}).get("app.kubernetes.io/part-of") != "flowsentry":
+        if (namespace.metadata.labels or {}).get(_PART_OF) != MANAGER:
             raise StackError(f"namespace {self.namespace} was not made by this command; delete it yourself")
         question = f"Delete namespace {self.namespace} with all runs, artifacts and models in it? Type its name: "
         if not asked and input(question) != self.namespace:
@@ -477,6 +535,10 @@ def tell(place: Site, documents: list[Document]) -> None:
     if "zenml" in deployed:
         path = "{.data.ZENML_DEFAULT_USER_PASSWORD}"
         print(f"ZenML's user is admin, its password: {read} zenml-server -o jsonpath='{path}' | base64 -d")
+    if "grafana" in deployed:
+        print(
+            f"Grafana's user is admin, its password: {read} grafana -o jsonpath='{{.data.admin-password}}' | base64 -d"
+        )
     if "mlflow" in deployed:
         print(f"MLflow's user is {MANAGER}, its password: {read} mlflow -o jsonpath='{{.data.password}}' | base64 -d")
     print("\nNext: make images, then python run.py --pipeline train --stack cluster")
