@@ -45,7 +45,8 @@ def run(args: argparse.Namespace) -> None:
 
     from flowsentry.flows import sources
     from flowsentry.flows.schema import MALICIOUS
-    from flowsentry.monitoring.replay import BATCH, PATIENCE_SECONDS, PROGRESS_SECONDS, Feed
+    from flowsentry.monitoring.pace import BATCH
+    from flowsentry.monitoring.replay import PATIENCE_SECONDS, PROGRESS_SECONDS, Feed
     from flowsentry.serving import ocsf
     from flowsentry.serving.client import Client
 
