@@ -6,6 +6,7 @@ import argparse
 import difflib
 import importlib
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from pipelines.summary import RunSummary
 
 ROOT: Final = Path(__file__).resolve().parent
+CRON: Final = re.compile(r"[0-9A-Za-z*/,?-]+( +[0-9A-Za-z*/,?-]+){4}")
+"""The form of a cron expression; Kubernetes checks the values."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ examples:
   python run.py --pipeline train --config configs/paper.yaml --data flows.csv.gz
   python run.py --pipeline train --data recordings/ 'more/*.parquet'
   python run.py --pipeline inference --data flows.csv --model-version 3
+  python run.py --pipeline train --stack cluster
+  python run.py --pipeline inference --stack cluster --schedule '*/30 * * * *'
   python run.py --status
 
 Exit status: 0 if the run did what was asked, 1 if it failed, 2 if the command line or the config is wrong.
@@ -89,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--pipeline", metavar="NAME", help="run a pipeline, see below")
     what.add_argument("--status", action="store_true", help="say what is in production and whether ZenML agrees")
+    what.add_argument("--schedules", action="store_true", help="list the pipelines that run by themselves, and when")
     what.add_argument("--rollback", action="store_true", help="put the champion before this one back into production")
     parser.add_argument("--stack", metavar="NAME", default="local", help="where it runs: a file in stacks/ (local)")
     parser.add_argument("--config", metavar="FILE", type=Path, help="its settings (configs/<pipeline>.yaml)")
@@ -97,6 +103,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--model-version", metavar="NUMBER", help="with inference: this version of the model instead of the champion"
+    )
+    parser.add_argument(
+        "--schedule",
+        metavar="CRON",
+        help="with --stack cluster: when to run it by itself, such as '*/30 * * * *'; or off",
     )
     parser.add_argument("--no-cache", action="store_true", help="run every step, also those with nothing new to do")
     return parser
@@ -110,6 +121,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         _check(asked)
         if asked.status or asked.rollback:
             return _production(asked)
+        if asked.schedules or asked.schedule == "off":
+            return _schedules(asked)
         pipeline = _pipeline(asked.pipeline)
         config = load(asked.config or pipeline.config, pipeline.model)
         if asked.data:
@@ -125,6 +138,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"error: interrupted{f'; {error}' if str(error) else ''}", file=sys.stderr)
         return 130
     if summary is None:
+        print(f"{asked.pipeline} runs by itself: {asked.schedule}; python run.py --stack cluster --schedules lists all")
         return 0
     print(f"\n{summary.text}")
     if summary.failure:
@@ -137,10 +151,20 @@ def _check(asked: argparse.Namespace) -> None:
     if asked.model_version and asked.pipeline != "inference":
         raise ConfigError("--model-version goes with --pipeline inference only; see python run.py --help")
     if asked.pipeline is None:
-        given = [name for name in ("config", "data", "no_cache") if getattr(asked, name)]
+        given = [name for name in ("config", "data", "schedule", "no_cache") if getattr(asked, name)]
         if given:
             option = f"--{given[0].replace('_', '-')}"
             raise ConfigError(f"{option} goes with --pipeline only; see python run.py --help")
+
+    if (asked.schedule or asked.schedules) and asked.stack != "cluster":
+        raise ConfigError(
+            "schedules are CronJobs: add --stack cluster; on this machine cron does it, "
+            f"for example: {asked.schedule or '*/30 * * * *'} cd {ROOT} && {sys.executable} run.py --pipeline inference"
+        )
+    if asked.schedule and asked.schedule != "off" and not CRON.fullmatch(asked.schedule):
+        raise ConfigError(f"--schedule should have five fields, such as '*/30 * * * *', not {asked.schedule!r}")
+    if asked.schedule and asked.pipeline == "train":
+        raise ConfigError("--schedule is for pipelines that watch, not for train; see python run.py --help")
 
 
 def _pipeline(name: str) -> Pipeline:
@@ -170,15 +194,20 @@ def _check_writable(folder: Path) -> None:
         raise ConfigError(f"{str(folder)!r}: reports cannot be written there: {error}") from None
 
 
-def _activate(stack: str) -> Place | None:
-    """Put a stack to use; gives the place where its pipelines run if that is not this process."""
+def _activate(stack: str, *, runs: bool = True) -> Place | None:
+    """Put a stack to use; gives the place where its pipelines run if that is not this process.
+
+    Args:
+        stack: its name.
+        runs: whether pipelines are about to run, which asks more of a cluster.
+    """
     if not sys.stdout.isatty():
         os.environ.setdefault("ZENML_LOGGING_COLORS_DISABLED", "true")
     ready = None
     if stack == "cluster":
         from stacks import preflight
 
-        ready = preflight.pass_or_raise()  # logs in too, which has to come before ZenML
+        ready = preflight.pass_or_raise() if runs else preflight.log_in()  # has to come before ZenML is imported
     try:
         from stacks import apply, console  # imports ZenML: seconds, and log output that has to be tamed first
 
@@ -195,14 +224,32 @@ def _activate(stack: str) -> Place | None:
 
 def _run(pipeline: Pipeline, config: PipelineConfig, asked: argparse.Namespace) -> RunSummary | None:
     place = _activate(asked.stack)
+    if asked.schedule:
+        from stacks import schedules
+
+        place = schedules.place(place, asked.pipeline, asked.schedule)
     options = {"model_version": asked.model_version} if asked.pipeline == "inference" else {}
     module = importlib.import_module(pipeline.module)
     summary: RunSummary | None = module.run(config, cache=not asked.no_cache, place=place, **options)
     return summary
 
 
+def _schedules(asked: argparse.Namespace) -> int:
+    if asked.pipeline:
+        _pipeline(asked.pipeline)
+    _activate(asked.stack, runs=False)
+    from stacks import schedules
+
+    if asked.pipeline:
+        removed = schedules.remove(asked.pipeline)
+        print(f"{asked.pipeline} {'is off its schedule' if removed else 'was on no schedule'}")
+    else:
+        print(schedules.told())
+    return 0
+
+
 def _production(asked: argparse.Namespace) -> int:
-    _activate(asked.stack)
+    _activate(asked.stack, runs=False)
     from pipelines import production
 
     state = production.rollback() if asked.rollback else production.status()

@@ -17,6 +17,8 @@ NAME: Final = "cluster"
 CLIENT_SECRET: Final = "flowsentry-client"
 """Kubernetes Secret with the key that this machine logs in to ZenML with; read when needed, never stored here."""
 CLIENT_KEY: Final = "zenml_api_key"
+BUCKET_URL: Final = "s3://flowsentry"
+"""Of bundles and checkpoints; ZenML's artifacts are in a bucket of their own."""
 TIMEOUT_SECONDS: Final = 10
 
 
@@ -54,8 +56,22 @@ def api_key(site: Site, api: Any) -> str:
     return base64.b64decode(secret.data[CLIENT_KEY]).decode()
 
 
+def deployer_environment(site: Site) -> dict[str, str]:
+    """What `steps.stages` has to know of where champions are served, here and in pods."""
+    return {
+        "FLOWSENTRY_DEPLOYER": "kubernetes",
+        "FLOWSENTRY_NAMESPACE": site.namespace,
+        "FLOWSENTRY_SERVING_IMAGE": site.serving_image,
+        "FLOWSENTRY_SERVING_URL": site.serving_url,
+        "FLOWSENTRY_S3_URL": site.s3_url,
+        "FLOWSENTRY_BUCKET_URL": BUCKET_URL,
+    }
+
+
 def log_in(site: Site, key: str) -> None:
-    """Use the site's ZenML server in this process alone; has to be called before ZenML is imported."""
+    """Use the site's services in this process alone; has to be called before ZenML is imported."""
+    os.environ |= deployer_environment(site)
+    os.environ["FLOWSENTRY_CONTEXT"] = site.context
     os.environ["ZENML_STORE_URL"] = site.zenml_url
     os.environ["ZENML_STORE_API_KEY"] = key
 

@@ -16,6 +16,7 @@ from zenml.integrations.kubernetes.pod_settings import KubernetesPodSettings
 from zenml.pipelines.pipeline_definition import Pipeline
 
 from flowsentry import telemetry
+from stacks.cluster import deployer_environment
 from stacks.site import Site
 
 MAX_PARALLELISM: Final = 4
@@ -74,8 +75,13 @@ def configured(pipeline: Pipeline, site: Site, schedule: Schedule | None = None)
         site: gives image and namespace.
         schedule: makes it a CronJob instead of a run.
     """
-    steps = {name: {"settings": {"orchestrator": step_settings(of.step.name)}} for name, of in _invocations(pipeline)}
+    steps: dict[str, Any] = {
+        name: {"settings": {"orchestrator": step_settings(invocation.step.name)}}
+        for name, invocation in pipeline.invocations.items()
+    }
     return pipeline.with_options(
+        # every run of a schedule needs a name of its own
+        run_name=f"{pipeline.name}-{{date}}-{{time}}" if schedule else None,
         schedule=schedule,
         steps=steps,
         settings={
@@ -86,10 +92,6 @@ def configured(pipeline: Pipeline, site: Site, schedule: Schedule | None = None)
         },
         retry=StepRetryConfig(max_retries=MAX_RETRIES),
     )
-
-
-def _invocations(pipeline: Pipeline) -> Any:
-    return pipeline.invocations.items()
 
 
 def run_settings(site: Site) -> KubernetesOrchestratorSettings:
@@ -141,10 +143,8 @@ def environment(site: Site) -> dict[str, str]:
         "MPLCONFIGDIR": "/tmp/matplotlib",
         "NUMBA_CACHE_DIR": "/tmp/numba",
         "GIT_PYTHON_REFRESH": "quiet",  # otherwise a page of warnings that there is no git
-        "FLOWSENTRY_DEPLOYER": "kubernetes",
-        "FLOWSENTRY_NAMESPACE": site.namespace,
-        "FLOWSENTRY_SERVING_IMAGE": site.serving_image,
         "FLOWSENTRY_FINAL_EXIT": str(FINAL_EXIT),
+        **deployer_environment(site),
         **telemetry.OFF,
     }
 

@@ -82,6 +82,8 @@ def _tell(steps: dict[str, StepRunResponse], told: dict[str, str]) -> None:
         said = str(step.status)
         if step.status == ExecutionStatus.COMPLETED and step.start_time and step.end_time:
             said = f"completed in {(step.end_time - step.start_time).total_seconds():.0f} s"
+        elif step.status == ExecutionStatus.RETRYING and _is_ours(step):
+            said = "failed"  # ZenML does not know that its pod is not started again
         if told.get(name) != said:
             told[name] = said
             print(f"step {name}: {said}", flush=True)
@@ -118,15 +120,19 @@ def _why(run: PipelineRunResponse, steps: dict[str, StepRunResponse], site: Site
     for name, step in steps.items():
         if step.status.is_successful or step.status in (ExecutionStatus.RUNNING, ExecutionStatus.STOPPED):
             continue
-        info = step.exception_info
-        yield f"step {name}: {info.message if info else step.status}"
-        if info and (info.source or "").startswith("flowsentry."):  # an error of ours says all
+        yield f"step {name}: {step.exception_info.message if step.exception_info else 'failed'}"
+        if _is_ours(step):  # and says all
             continue
         try:
             pods = _pods(site, api, f"run_id={run.id},step_name={name}")
             yield from (f"  {line}" for line in (_end(site, api, pods[0]) if pods else []))
         except (ApiException, HTTPError) as error:
             yield f"  its log cannot be read: {type(error).__name__}"
+
+
+def _is_ours(step: StepRunResponse) -> bool:
+    """Whether a step ended with an error that was raised on purpose."""
+    return bool(step.exception_info and (step.exception_info.source or "").startswith("flowsentry."))
 
 
 def _end(site: Site, api: Any, pod: Any) -> list[str]:

@@ -31,6 +31,11 @@ VERBS: Final[dict[str, tuple[str, ...]]] = {
     "/pods": ("get", "list", "create", "delete"),
     "/pods/log": ("get",),
     "/secrets": ("get", "create", "patch", "delete"),
+    "/events": ("list",),
+    "/services": ("get", "patch"),
+    "apps/deployments": ("get", "list", "create", "patch", "delete"),
+    "autoscaling/horizontalpodautoscalers": ("create", "patch"),
+    "policy/poddisruptionbudgets": ("create", "patch"),
     "batch/cronjobs": ("get", "list", "create", "patch", "delete"),
     "batch/jobs": ("get", "list", "create", "delete"),
 }
@@ -86,6 +91,14 @@ def pass_or_raise() -> tuple[Site, Any]:
         told = "\n".join(f"  {number}. {problem}" for number, problem in enumerate(checked.problems, 1))
         raise StackError(f"the cluster is not ready, nothing was run:\n{told}")
     cluster.log_in(here, checked.key or "")
+    return here, api
+
+
+def log_in() -> tuple[Site, Any]:
+    """Log in without any check, for what needs no pods; otherwise as `pass_or_raise`."""
+    here = site.load()
+    api = cluster.connect(here)
+    cluster.log_in(here, cluster.api_key(here, api))
     return here, api
 
 

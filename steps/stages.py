@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
 from zenml.client import Client
@@ -10,13 +11,34 @@ from zenml.models import ArtifactVersionResponse, ModelVersionResponse
 
 from flowsentry.errors import ConfigError, StoreError
 from flowsentry.serving.deployer import Deployed, Deployer, Record
+from flowsentry.serving.kubernetes import KubernetesDeployer
 from flowsentry.serving.local import LocalDeployer
+from flowsentry.serving.manifests import Shape
 from steps.register import MODEL
 
 
 def deployer() -> Deployer:
-    """Where champions are served."""
-    return LocalDeployer()
+    """Where champions are served: on this machine, or in the cluster that the stack has put into the environment.
+
+    Raises:
+        ConfigError: FLOWSENTRY_DEPLOYER names neither.
+    """
+    kind = os.environ.get("FLOWSENTRY_DEPLOYER", "local")
+    if kind == "local":
+        return LocalDeployer()
+    if kind != "kubernetes":
+        raise ConfigError(f"FLOWSENTRY_DEPLOYER should be local or kubernetes, not {kind!r}")
+    return KubernetesDeployer(
+        os.environ["FLOWSENTRY_NAMESPACE"],
+        Shape(
+            image=os.environ["FLOWSENTRY_SERVING_IMAGE"],
+            bucket_url=os.environ["FLOWSENTRY_BUCKET_URL"],
+            s3_url=os.environ["FLOWSENTRY_S3_URL"],
+        ),
+        champion_url=os.environ["FLOWSENTRY_SERVING_URL"],
+        context=os.environ.get("FLOWSENTRY_CONTEXT"),
+        on_progress=print,
+    )
 
 
 def version(deployed: Deployed) -> ModelVersionResponse | None:
