@@ -12,7 +12,6 @@ and end. A client that has gone on meets a service that remembers its stream or 
 from __future__ import annotations
 
 import base64
-import json
 import os
 import re
 import secrets
@@ -23,7 +22,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -33,6 +32,7 @@ from flowsentry.serving import bundle as bundles
 from flowsentry.serving import diagnosis, drain, manifests
 from flowsentry.serving.client import Client
 from flowsentry.serving.deployer import Deployed, Endpoint, Record, Service, Status
+from flowsentry.serving.kubernetes_api import Api, Away, Conflict, Missing
 from flowsentry.serving.manifests import Object, Shape
 
 RECORD: Final = "flowsentry-deployment"
@@ -47,139 +47,12 @@ ROUTING_SECONDS: Final = 30.0
 """For a Service's address to lead to other pods."""
 KEPT_BUNDLES: Final = 3
 """Archives in the bucket that nothing refers to, the newest; others are removed."""
-TAIL_LINES: Final = 30
 _ATTEMPTS: Final = 20
 _SAME_ANSWERS: Final = 5
 _POLL_SECONDS: Final = 0.5
-_TIMEOUT: Final = (5, 30)
-_ACCOUNT: Final = Path("/var/run/secrets/kubernetes.io/serviceaccount/token")
 _LABEL: Final = re.compile("[A-Za-z0-9]([A-Za-z0-9._-]{0,61}[A-Za-z0-9])?")
 
 Say = Callable[[str], None]
-
-
-class _Missing(DeployError):
-    """The cluster has no such object."""
-
-
-class _Conflict(DeployError):
-    """Somebody else has changed the object meanwhile, or made it."""
-
-
-class _Away(DeployError):
-    """The cluster does not answer now."""
-
-
-class Api:
-    """Objects of one namespace, as plain dictionaries, through the official client."""
-
-    def __init__(self, namespace: str, context: str | None) -> None:
-        """Reads the pod's own account, or the kubeconfig if there is none or a context is named.
-
-        Raises:
-            DeployError: neither can be used.
-        """
-        from kubernetes import client, config
-
-        self.namespace = namespace
-        self.is_inside = context is None and "KUBERNETES_SERVICE_HOST" in os.environ and _ACCOUNT.exists()
-        settings = client.Configuration()
-        try:
-            if self.is_inside:
-                config.load_incluster_config(client_configuration=settings)
-            else:
-                # else the client takes what the variable was when it was imported
-                file = os.environ.get("KUBECONFIG") or None
-                config.load_kube_config(config_file=file, context=context, client_configuration=settings)
-        except Exception as error:  # its own, yaml's, OSError
-            raise DeployError(f"no Kubernetes cluster is known: {error}; set KUBECONFIG") from error
-        settings.retries = 2
-        self._client = client.ApiClient(settings)
-
-    def get(self, kind: str, name: str) -> Object:
-        """An object.
-
-        Args:
-            kind: group and plural as in the API's paths, e.g. `apps/v1/deployments`, `v1/pods`.
-            name: of the object.
-        """
-        return self._json("GET", self._path(kind, name))
-
-    def list(self, kind: str, **query: str) -> list[Object]:
-        """Objects that a `labelSelector` or `fieldSelector` chooses."""
-        return list(self._json("GET", self._path(kind), query=query)["items"])
-
-    def create(self, kind: str, body: Object) -> Object:
-        """Make an object; `_Conflict` if there is one of this name."""
-        return self._json("POST", self._path(kind), body)
-
-    def patch(self, kind: str, name: str, body: Object) -> Object:
-        """Change an object (JSON merge patch); `_Conflict` if the patch names another resourceVersion."""
-        return self._json("PATCH", self._path(kind, name), body)
-
-    def delete(self, kind: str, name: str, uid: str) -> None:
-        """Remove an object and what belongs to it, unless it is gone or another one by now."""
-        body = {"propagationPolicy": "Background", "preconditions": {"uid": uid}}
-        with suppress(_Missing, _Conflict):
-            self._json("DELETE", self._path(kind, name), body)
-
-    def log(self, pod: str, container: str, *, previous: bool) -> str:
-        """Last lines that a container has written."""
-        query = {"container": container, "tailLines": str(TAIL_LINES), "previous": str(previous).lower()}
-        return self._send("GET", self._path("v1/pods", pod) + "/log", None, query).decode("utf-8", "replace").strip()
-
-    def _path(self, kind: str, name: str = "") -> str:
-        group, _, plural = kind.rpartition("/")
-        root = "/api" if group == "v1" else "/apis"
-        return f"{root}/{group}/namespaces/{self.namespace}/{plural}" + (f"/{name}" if name else "")
-
-    def _json(self, method: str, path: str, body: Object | None = None, query: dict[str, str] | None = None) -> Object:
-        return dict(json.loads(self._send(method, path, body, query or {})))
-
-    def _send(self, method: str, path: str, body: Object | None, query: dict[str, str]) -> bytes:
-        from kubernetes.client import ApiException
-        from urllib3.exceptions import HTTPError
-
-        kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
-        try:
-            answer = self._client.call_api(
-                path,
-                method,
-                query_params=list(query.items()),
-                header_params={"Accept": "*/*", "Content-Type": kind},
-                body=body,
-                auth_settings=["BearerToken"],
-                _preload_content=False,
-                _return_http_data_only=True,
-                _request_timeout=_TIMEOUT,
-            )
-            if not 200 <= answer.status < 300:
-                raise _refusal(answer.status, answer.data)
-            return bytes(answer.data)
-        except ApiException as error:
-            raise _refusal(error.status, error.body) from error
-        except (HTTPError, OSError) as error:
-            raise _Away(f"the Kubernetes cluster does not answer: {error}") from error
-
-
-def _refusal(status: int, body: bytes | str | None) -> DeployError:
-    try:
-        said = str(json.loads(body or b"{}").get("message", "")) or f"status {status}"
-    except ValueError:
-        said = f"status {status}"
-    match status:
-        case 404:
-            return _Missing(f"the cluster says: {said}")
-        case 409:
-            return _Conflict(f"the cluster says: {said}")
-        case 403:
-            return DeployError(f"the cluster does not permit it: {said}")
-        case 401:
-            return DeployError("the cluster does not know these credentials; renew the kubeconfig")
-        case 429 | 500 | 502 | 503 | 504:
-            return _Away(f"the Kubernetes cluster does not answer as it should: {said}")
-        case _:
-            return DeployError(f"the cluster refuses it: {said}")
 
 
 class _Trial(BaseModel):
@@ -480,7 +353,7 @@ class KubernetesDeployer:
             return True
         try:
             found = self._api.get("v1/pods", trial.pod)
-        except _Missing:
+        except Missing:
             return False
         return "deletionTimestamp" not in found["metadata"] and found["status"].get("phase") in {"Pending", "Running"}
 
@@ -488,7 +361,7 @@ class KubernetesDeployer:
         """A challenger that has died is not promoted, even if it was started again."""
         try:
             deployment = self._api.get(_DEPLOYMENTS, manifests.name(challenger.digest))
-        except _Missing:
+        except Missing:
             raise DeployError(f"{_named(challenger)} does not run: start it again") from None
         found = self._pods(deployment)
         trouble = diagnosis.find(deployment, found)
@@ -509,7 +382,7 @@ class KubernetesDeployer:
             try:
                 self._route(services[CHAMPION], record.champion)
                 self._route(services[CHALLENGER], record.challenger)
-            except _Conflict:
+            except Conflict:
                 continue
             self._sort(there, record, is_running=is_running)
             return state
@@ -540,7 +413,7 @@ class KubernetesDeployer:
             if rests and found["spec"].get("replicas", 1):
                 patch["spec"] = {"replicas": 0}
             if patch:
-                with suppress(_Missing):
+                with suppress(Missing):
                     self._api.patch(_DEPLOYMENTS, name, patch)
 
     def _put(self, deployed: Deployed, *, replicas: int) -> Object:
@@ -548,7 +421,7 @@ class KubernetesDeployer:
         wanted = manifests.deployment(self.shape, deployed, replicas=replicas, attempt=secrets.token_hex(4))
         try:
             return self._api.create(_DEPLOYMENTS, wanted)
-        except _Conflict:
+        except Conflict:
             return self._api.patch(_DEPLOYMENTS, manifests.name(deployed.digest), wanted)
 
     def _scale(self, deployed: Deployed, replicas: int, there: dict[str, Object] | None = None) -> None:
@@ -556,7 +429,7 @@ class KubernetesDeployer:
         name = manifests.name(deployed.digest)
         try:
             found = there[name] if there and name in there else self._api.get(_DEPLOYMENTS, name)
-        except _Missing:
+        except Missing:
             found = self._put(deployed, replicas=replicas)
         present = found["spec"].get("replicas", 1)
         if present < replicas or (present > replicas and self.shape.most_replicas is None):
@@ -570,7 +443,7 @@ class KubernetesDeployer:
     def _ensure(self, kind: str, wanted: Object) -> None:
         try:
             self._api.create(kind, wanted)
-        except _Conflict:
+        except Conflict:
             self._api.patch(kind, wanted["metadata"]["name"], wanted)
 
     def _await_ready(self, deployed: Deployed, replicas: int, *, is_new: bool) -> None:
@@ -582,7 +455,7 @@ class KubernetesDeployer:
             try:
                 deployment = self._api.get(_DEPLOYMENTS, manifests.name(deployed.digest))
                 found = self._pods(deployment)
-            except _Away:
+            except Away:
                 if is_late:
                     raise
                 time.sleep(_POLL_SECONDS)
@@ -658,7 +531,7 @@ class KubernetesDeployer:
             return None
         try:
             deployment = self._api.get(_DEPLOYMENTS, manifests.name(deployed.digest))
-        except _Missing:
+        except Missing:
             deployment = {"spec": {"replicas": 0}}
         wanted = deployment["spec"].get("replicas", 1)
         found = self._pods(deployment) if wanted else []
@@ -682,7 +555,7 @@ class KubernetesDeployer:
     def _read(self) -> _State:
         try:
             return _State.of(self._api.get("v1/configmaps", RECORD))
-        except _Missing:
+        except Missing:
             return _State()
 
     def _change(self, change: Callable[[_State], _State]) -> _State:
@@ -696,7 +569,7 @@ class KubernetesDeployer:
                 if before.version is None:
                     return _State.of(self._api.create("v1/configmaps", after.to_object()))
                 return _State.of(self._api.patch("v1/configmaps", RECORD, after.to_object()))
-            except _Conflict:
+            except Conflict:
                 continue
         raise DeployError(f"ConfigMap {RECORD} changes all the time: is another deployer at work?")
 
@@ -721,7 +594,7 @@ class KubernetesDeployer:
         if self._known_secret is None:
             try:
                 data = self._api.get("v1/secrets", manifests.SECRET).get("data") or {}
-            except _Missing:
+            except Missing:
                 raise DeployError(
                     f"namespace {self.namespace} has no Secret `{manifests.SECRET}`: set the services up first"
                 ) from None
@@ -773,17 +646,23 @@ class KubernetesDeployer:
                 raise DeployError(f"{self.shape.bucket_url}: the bundle cannot be stored ({error})") from error
 
     def _tidy(self, record: Record) -> None:
-        """Forget archives that nothing refers to, but for the newest."""
+        """Forget archives that nothing refers to, but for the newest, and checkpoints that nobody goes on with."""
+        from flowsentry.serving.supervisor import has_outlived
+
         kept = {one.digest for one in (record.champion, record.previous, record.challenger) if one is not None}
         try:
             files, root = self._bucket()
-            found = [entry for entry in files.ls(root, detail=True) if entry["name"].endswith(".tar.gz")]
-            found = [entry for entry in found if Path(entry["name"]).name.removesuffix(".tar.gz") not in kept]
-            found.sort(key=lambda entry: files.modified(entry["name"]))
-            for entry in found[:-KEPT_BUNDLES]:
-                files.rm_file(entry["name"])
+            stored = {path: files.modified(path) for path in files.find(root) if path.endswith(".tar.gz")}
+            others = [path for path in stored if PurePosixPath(path).name.removesuffix(".tar.gz") not in kept]
+            old = sorted(others, key=stored.__getitem__)[:-KEPT_BUNDLES]
+            now = datetime.now(UTC)
+            for path in files.find(f"{PurePosixPath(root).parent}/state"):
+                if has_outlived(PurePosixPath(path).name, (now - files.modified(path)).total_seconds()):
+                    old.append(path)
+            for path in old:
+                files.rm_file(path)
         except Exception as error:  # nothing of it matters to who serves
-            self._say(f"old bundles could not be removed: {error}")
+            self._say(f"old bundles and checkpoints could not be removed: {error}")
 
 
 _DEPLOYMENTS: Final = "apps/v1/deployments"
@@ -819,7 +698,7 @@ def _promotable(record: Record, digest: str, instead_of: str | None) -> Deployed
 
 
 def _events(found: list[Object]) -> list[str]:
-    """The last warnings among a pod's events, one line each."""
-    warnings = [one for one in found if one.get("type") == "Warning"]
-    warnings.sort(key=lambda one: one.get("lastTimestamp") or one.get("eventTime") or "")
-    return [f"  {one.get('reason')}: {' '.join(str(one.get('message', '')).split())[:400]}" for one in warnings[-5:]]
+    """The last warning of each kind among a pod's events, one line each."""
+    found.sort(key=lambda one: one.get("lastTimestamp") or one.get("eventTime") or "")
+    last = {one.get("reason"): one for one in found if one.get("type") == "Warning"}
+    return [f"  {reason}: {' '.join(str(one.get('message', '')).split())[:400]}" for reason, one in last.items()]

@@ -590,11 +590,21 @@ def forget_streams(state: Path, now: float) -> None:
         now: seconds since 1970.
     """
     for path in (*state.glob("*/*.state"), *state.glob("*/*.state.damaged")):
-        seconds = FORGET_TRIAL_SECONDS if _TRIAL.fullmatch(path.name.partition(".state")[0]) else FORGET_SECONDS
         with contextlib.suppress(OSError):
-            if now - path.stat().st_mtime > seconds:
+            if has_outlived(path.name, seconds := now - path.stat().st_mtime):
                 path.unlink()
                 log.info("removed %s, not written for %.0f days", path, seconds / 86_400)
+
+
+def has_outlived(name: str, seconds: float) -> bool:
+    """Whether a checkpoint may go that was not written for so long.
+
+    Args:
+        name: of its file.
+        seconds: since it was written.
+    """
+    is_trial = _TRIAL.fullmatch(name.partition(".state")[0])
+    return seconds > (FORGET_TRIAL_SECONDS if is_trial else FORGET_SECONDS)
 
 
 def ending(status: int) -> str:

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Callable
 from typing import Any
 
-from flowsentry.serving.kubernetes import _Conflict, _Missing
+from flowsentry.serving.kubernetes_api import Conflict, Missing
 from flowsentry.serving.manifests import Object
 
 
@@ -70,7 +70,7 @@ class StandInApi:
     def create(self, kind: str, body: Object) -> Object:
         with _Change(self, kind, body["metadata"]["name"]):
             if (kind, body["metadata"]["name"]) in self.cluster.objects:
-                raise _Conflict("there already")
+                raise Conflict("there already")
             return self._seen(kind, self.cluster.add(kind, body))
 
     def patch(self, kind: str, name: str, body: Object) -> Object:
@@ -78,7 +78,7 @@ class StandInApi:
             found = self._found(self.cluster.objects, (kind, name))
             version = body.get("metadata", {}).get("resourceVersion")
             if version not in (None, found["metadata"]["resourceVersion"]):
-                raise _Conflict("changed meanwhile")
+                raise Conflict("changed meanwhile")
             _merge(found, copy.deepcopy(body))
             return self._seen(kind, self.cluster.touch(found))
 
@@ -93,7 +93,7 @@ class StandInApi:
 
     def _found(self, objects: dict[Any, Object], key: Any) -> Object:
         if key not in objects:
-            raise _Missing(f"{key} not found")
+            raise Missing(f"{key} not found")
         return objects[key]
 
     def _seen(self, kind: str, found: Object) -> Object:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import copy
 import http.server
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -523,6 +524,17 @@ def test_an_archive_is_stored_once_and_old_ones_are_forgotten(make: Make, tmp_pa
     archive.write_bytes(b"half")
     make()._upload(bundles.verify(made[-1][0]))
     assert archive.stat().st_size > 100
+
+
+def test_checkpoints_that_nobody_comes_back_to_are_forgotten(make: Make, tmp_path: Path) -> None:
+    folder = tmp_path / "bucket" / "state" / "behaviour-2"
+    folder.mkdir(parents=True)
+    days = {"production": 29, "left": 31, "replay-0123abcd": 2, "replay-0123abce": 0.5, "gate-0123456789abcdef": 2}
+    for name, age in days.items():
+        (folder / f"{name}.state").write_bytes(b"x")
+        os.utime(folder / f"{name}.state", 2 * (time.time() - age * 86_400,))
+    deploy(make, make_bundle(tmp_path, "1"))
+    assert {path.stem for path in folder.iterdir()} == {"production", "replay-0123abce"}
 
 
 def test_a_damaged_record_is_said_to_be_one(make: Make, cluster: Cluster) -> None:

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,12 @@ from flowsentry.serving import bundle as bundles
 from flowsentry.serving import kubernetes, manifests
 from flowsentry.serving.client import Client, StreamClient, encode
 from flowsentry.serving.deployer import Record
-from flowsentry.serving.kubernetes import Api, KubernetesDeployer
+from flowsentry.serving.kubernetes import KubernetesDeployer
+from flowsentry.serving.kubernetes_api import Api
 from flowsentry.serving.manifests import Object, Shape
 from flowsentry.serving.protocol import JSON
 from flowsentry.serving.service_gate import trial
-from tests.flowsentry.serving.test_broken_challengers import seal
+from tests.flowsentry.serving.test_broken_challengers import TAKE, replaced, seal
 from tests.flowsentry.serving.test_service_gate import Case, make_case
 
 if TYPE_CHECKING:
@@ -89,9 +91,9 @@ class Bench:
             alter(copy / "src")
         return copy, version, seal(copy, version)
 
-    def champion(self, version: str) -> str:
+    def champion(self, version: str, alter: Callable[[Path], None] = lambda _: None) -> str:
         """See that a version is in production; its digest."""
-        deployer, bundle = self.deployer(), self.make(version)
+        deployer, bundle = self.deployer(), self.make(version, alter)
         champion = deployer.record().champion
         if champion is None or champion.digest != bundle[2]:
             deployer.start_challenger(*bundle)
@@ -128,10 +130,12 @@ def bench(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Be
         context = log_in(admin, folder / "kubeconfig")
         case = make_case(small, "behaviour", "gradient_boosting")
         bundle = bundles.build(case.detector, "1", folder / "bundle").path
-        s3_url = f"http://{os.environ['TEST_HOST']}:{ports_of(admin, 's3')}"
+        port = ports_of(admin, "s3")
+        s3_url = f"http://{os.environ['TEST_HOST']}:{port}"
         shape = Shape(image(), "s3://flowsentry", s3_url)
         make_bucket(s3_url)
-        urls = {name: f"http://{near(port)}:{port}" for name, port in ports.items()}
+        host = near(port)
+        urls = {name: f"http://{host}:{port}" for name, port in ports.items()}
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("KUBECONFIG", str(folder / "kubeconfig"))
             yield Bench(admin, shape, urls, case, bundle, folder, context, [])
@@ -147,7 +151,7 @@ def image() -> str:
 
 
 def near(port: int) -> str:
-    """An address of a node port: the loopback if it answers there."""
+    """Where node ports answer, this one among them: the loopback, if they do there."""
     with suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1):
         return "127.0.0.1"
     return os.environ["TEST_HOST"]
@@ -291,6 +295,7 @@ class Replay:
         self.rows: list[dict[str, Any]] = []
         self.resent = 0
         self._bench, self._stream, self._rate = bench, stream, rate
+        self._end = threading.Event()
         self._pool = ThreadPoolExecutor(1)
         self._done = self._pool.submit(self._run)
 
@@ -298,10 +303,12 @@ class Replay:
         with self._bench.client() as client:
             feed = StreamClient(client, self._stream)
             for begin in range(0, len(self.reports), 10):
+                if self._end.is_set():
+                    break
                 clock = time.monotonic()
                 self.rows += feed.send(self.reports.iloc[begin : begin + 10]).rows()
+                self.resent = feed.resent
                 time.sleep(max(clock + 10 / self._rate - time.monotonic(), 0))
-            self.resent = feed.resent
 
     def wait_for(self, flows: int) -> None:
         while len(self.rows) < flows:
@@ -311,6 +318,12 @@ class Replay:
     def finish(self) -> None:
         self._pool.shutdown()
         self._done.result()
+
+    def stop(self) -> None:
+        """Leave the rest out."""
+        self._end.set()
+        self.finish()
+        self.reports = self.reports.head(len(self.rows))
 
     def assert_like_offline(self, case: Case) -> None:
         """Every report has exactly one verdict, the offline one."""
@@ -352,39 +365,63 @@ def test_a_tested_bundle_becomes_the_champion_and_answers_as_offline(bench: Benc
     replay = Replay(bench, "first", 300, rate=1000)
     replay.finish()
     replay.assert_like_offline(case)
-    with pytest.raises(ServiceError), bench.client("challenger", patience=1) as client:
-        client.model()
+    with bench.client("challenger") as client:
+        until(lambda: not client.ready(), 10)
 
 
 def test_no_request_fails_while_champions_change(bench: Bench) -> None:
     first, second = bench.champion("1"), bench.make("2")
+    times = [time.monotonic()]
     bench.deployer().start_challenger(*second)
-    replay = Replay(bench, "switched", 4000)
+    times.append(time.monotonic())
+    replay = Replay(bench, "switched", 10_000)
     with Load(bench, 100) as load:
+        times.append(time.monotonic())
         promoted = bench.deployer().promote(second[2], first)
-        time.sleep(5)
+        times.append(time.monotonic())
+        time.sleep(3)
+        times.append(time.monotonic())
         back = bench.deployer().rollback()
-    switched = len(replay.rows)
+        times.append(time.monotonic())
+    replay.stop()
     assert load.failures == []
+    assert not [said for said in bench.said if "could not" in said or "cannot be seen" in said]
     assert set(load.versions) == {"1", "2"} and min(load.versions.values()) > 100
+    replay.assert_like_offline(bench.case)
+    assert {row["model_version"] for row in replay.rows} == {"1", "2"}
     assert promoted.champion is not None and promoted.previous is not None
     assert (promoted.champion.digest, promoted.previous.digest) == (second[2], first)
     assert (back.champion, back.previous) == (promoted.previous, promoted.champion)
     assert bench.deployments() == {manifests.name(first), manifests.name(second[2])}
     assert bench.admin.get("apps/v1/deployments", manifests.name(second[2]))["spec"]["replicas"] == 0
-    replay.reports = replay.reports.head(switched)
-    print(f"longest request {load.longest:.2f} s, {dict(load.versions)}, {switched} flows of the replay")
+    start, _, switch, _, turn = (b - a for a, b in pairwise(times))
+    print(
+        f"\nstarted in {start:.1f} s, promoted in {switch:.1f} s, rolled back in {turn:.1f} s, longest request "
+        f"{load.longest:.2f} s of {dict(load.versions)}; {len(replay.rows)} flows replayed, {replay.resent} resent"
+    )
 
 
-def test_no_verdict_is_lost_when_the_champion_is_killed(bench: Bench) -> None:
-    champion = bench.champion("1")
-    replay = Replay(bench, "killed", 1500)
-    replay.wait_for(400)
+def die_once(source: Path) -> None:
+    """End in the middle of a request, at the 700th flow of a stream, without a last checkpoint."""
+    dead = "__import__('pathlib').Path('/tmp/dead')"
+    die = f"        if self.stream.seen >= 700 and not {dead}.exists():\n"
+    die += f"            {dead}.touch()\n            __import__('os')._exit(9)\n"
+    replaced(source / "flowsentry" / "detector.py", TAKE, die + TAKE)
+
+
+def test_no_verdict_is_lost_when_the_champion_dies_and_when_its_pod_is_killed(bench: Bench) -> None:
+    champion = bench.champion("dies-once", die_once)
+    replay = Replay(bench, "killed", 2000)
+    replay.wait_for(800)
+    status = bench.deployer().status().champion
+    assert status is not None
+    assert (status.restarts, status.exit_status) == (1, 9)
+    assert replay.resent > 0
     (pod,) = bench.pods(champion)
+    replay.wait_for(1200)
     bench.admin._json("DELETE", bench.admin._path("v1/pods", pod), {"gracePeriodSeconds": 0})
     replay.finish()
     replay.assert_like_offline(bench.case)
-    assert 0 < replay.resent < 1000
     assert bench.pods(champion) != [pod]
 
 
@@ -421,8 +458,7 @@ def evict(bench: Bench, pod: str) -> None:
 
 
 def crash(source: Path) -> None:
-    path = source / "flowsentry" / "serving" / "service.py"
-    path.write_text(path.read_text().replace("settings = Settings.read()", "raise SystemExit('no such feature')"))
+    shutil.rmtree(source / "detector" / "model")
 
 
 def no_image(bench: Bench, _: pytest.MonkeyPatch) -> tuple[KubernetesDeployer, tuple[Path, str, str]]:
@@ -466,7 +502,7 @@ def too_small(bench: Bench, patch: pytest.MonkeyPatch) -> tuple[KubernetesDeploy
     ("prepare", "words"),
     [
         (no_image, r"(?s)cannot start: (ErrImagePull|ImagePullBackOff).*no-such-tag"),
-        (crashing, r"(?s)container serving ended with exit status .*no such feature"),
+        (crashing, r"(?s)container serving ended with exit status .*not a stored model"),
         (other_archive, r"(?s)container fetch ended with exit status 1.*digest"),
         (too_large, r"(?s)no node takes its pod: .*Insufficient memory"),
         (too_small, r"OOMKilled"),
