@@ -363,11 +363,19 @@ print("DONE")
 """
 
 
+def _addresses(here: Site) -> list[str]:
+    return [f"{here.zenml_url}/health", here.s3_url, f"{here.mlflow_url}/health"]
+
+
+def subject(here: Site) -> str:
+    """What a pod's success is recorded for: another image or other addresses are checked anew."""
+    return hashlib.sha256(json.dumps([here.pipeline_image, *_addresses(here)]).encode()).hexdigest()[:32]
+
+
 def _from_a_pod(here: Site, api: Any) -> Problems:
     """The same addresses, asked from where steps run; not again within the hour in which it went well."""
     core = k8s.CoreV1Api(api)
-    urls = [f"{here.zenml_url}/health", here.s3_url, f"{here.mlflow_url}/health"]
-    what = hashlib.sha256(json.dumps([here.pipeline_image, *urls]).encode()).hexdigest()[:32]
+    what = subject(here)
     try:
         record = core.read_namespaced_config_map(RECORD, here.namespace, _request_timeout=TIMEOUT_SECONDS).data or {}
     except ApiException:
@@ -375,7 +383,7 @@ def _from_a_pod(here: Site, api: Any) -> Problems:
     if (at := record.get(what, "")).isdecimal() and time.time() - FRESH_SECONDS < int(at) <= time.time():
         return []
     print("checking from a pod that it reaches ZenML, the object store and MLflow", flush=True)
-    name = core.create_namespaced_pod(here.namespace, _probe(here, urls)).metadata.name
+    name = core.create_namespaced_pod(here.namespace, _probe(here)).metadata.name
     try:
         problems = _outcome(core, here, name)
     finally:
@@ -415,7 +423,7 @@ def _outcome(core: Any, here: Site, name: str) -> Problems:
     return [f"pod of {here.pipeline_image}: did not run within {POD_SECONDS} s: {waiting}; make room for it"]
 
 
-def _probe(here: Site, urls: list[str]) -> dict[str, Any]:
+def _probe(here: Site) -> dict[str, Any]:
     return {
         "metadata": {
             "generateName": "preflight-",
@@ -432,7 +440,7 @@ def _probe(here: Site, urls: list[str]) -> dict[str, Any]:
                 {
                     "name": "main",
                     "image": here.pipeline_image,
-                    "command": ["python", "-c", _PROBE, *urls],
+                    "command": ["python", "-c", _PROBE, *_addresses(here)],
                     "resources": {"requests": {"cpu": "50m", "memory": "64Mi"}, "limits": {"memory": "256Mi"}},
                     "securityContext": {
                         "runAsNonRoot": True,

@@ -55,6 +55,7 @@ def _upload(entry: str, store: str) -> str:
     for file in files:
         target = place if single else f"{place}/{file.name}"
         if not fileio.exists(target):
+            fileio.makedirs(target.rpartition("/")[0])
             print(f"uploading {file} for the steps to read", flush=True)
             fileio.copy(str(file), target)
     return place
