@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import zipfile
-import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Final
@@ -523,6 +523,13 @@ class Snapshot:
         return content.getvalue()
 
 
+_MOST_BYTES: Final = (1 << 16) + sum(
+    most * (8 + sum(math.prod(shape) * np.dtype(kind).itemsize for shape, kind in shapes.values()))
+    for shapes, most in _TABLES.values()
+)
+"""Bytes of a checkpoint whose tables are full."""
+
+
 class Stream:
     """What a stream of reports has left behind: everything that the features of the next report depend on, and the
     worst score of every flow that may still be reported.
@@ -689,6 +696,9 @@ class Stream:
         """
         stream = cls()
         try:
+            with zipfile.ZipFile(io.BytesIO(content)) as archive:
+                if sum(entry.file_size for entry in archive.infolist()) > _MOST_BYTES:
+                    raise ValueError("it would unpack to more than a stream can hold")
             with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
                 header = json.loads(arrays["header"].tobytes())
                 if header["kernel"] != KERNEL_VERSION or header["features"] != list(FEATURES):
@@ -703,7 +713,10 @@ class Stream:
                     for kind, capacity in zip(_TABLES, header["capacities"], strict=True)
                 )
                 numbered, same_judge = int(header["flows"]), header["judged_by"] == judged_by
-        except (OSError, EOFError, ValueError, KeyError, TypeError, zipfile.BadZipFile, zlib.error) as error:
+        # The readers of these formats raise whatever they meet in a damaged file.
+        except StoreError:
+            raise
+        except Exception as error:
             raise StoreError(f"not a readable checkpoint of a stream ({error})") from error
         memory = stream._flows
         memory.keys, memory.flows = flows.keys, flows.arrays["flows"]

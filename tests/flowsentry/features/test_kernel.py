@@ -1,6 +1,8 @@
 """The kernel against a naive reading of its definition, and against itself in other batches."""
 
+import io
 import itertools
+import zipfile
 from collections import Counter, defaultdict
 from dataclasses import fields
 
@@ -345,6 +347,8 @@ def test_a_damaged_checkpoint_is_refused(content):
             "header",
             lambda array: np.frombuffer(array.tobytes().replace(b'"begin": ', b'"begin": "x", "b": '), np.uint8),
         ),
+        ("header", lambda array: np.frombuffer(array.tobytes().replace(b'"seen": 5', b'"seen": Infinity'), np.uint8)),
+        ("header", lambda array: np.frombuffer(b"[" * 100_000, np.uint8)),
     ],
 )
 def test_a_checkpoint_that_compiled_code_could_not_trust_is_refused(name, change):
@@ -355,6 +359,16 @@ def test_a_checkpoint_that_compiled_code_could_not_trust_is_refused(name, change
     assert changed.tobytes() != arrays[name].tobytes()
     with pytest.raises(StoreError, match="not a readable checkpoint"):
         Stream.load(kernel.Snapshot(arrays | {name: changed}).to_bytes())
+
+
+def test_a_small_checkpoint_cannot_fill_the_memory():
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in ("a", "b"):
+            archive.writestr(name, bytes(1 << 29))
+    assert len(content.getvalue()) < 2 << 20
+    with pytest.raises(StoreError, match="more than a stream can hold"):
+        Stream.load(content.getvalue())
 
 
 @pytest.mark.parametrize("pause", [61 * MINUTE, 20 * 60 * MINUTE])
