@@ -44,8 +44,8 @@ class ZenML:
     """A ZenML server, spoken to without ZenML's client: that would change what the user is logged in to."""
 
     def __init__(self, url: str) -> None:
-        self._url = url
-        self._http = httpx.Client(base_url=f"{url.rstrip('/')}/api/v1", timeout=_SECONDS)
+        self._url = url.rstrip("/")
+        self._headers: dict[str, str] = {}
 
     def log_in(self, user: str, password: str) -> None:
         """As a user.
@@ -94,9 +94,8 @@ class ZenML:
         return True
 
     def _log_in(self, form: Mapping[str, str]) -> None:
-        token = self._call("POST", "/login", data=form)["access_token"]
-        self._http.headers["Authorization"] = f"Bearer {token}"
-        self._http.cookies.clear()
+        self._headers = {}
+        self._headers = {"Authorization": f"Bearer {self._call('POST', '/login', data=form)['access_token']}"}
 
     def _items(self, path: str, **filters: str) -> list[dict[str, Any]]:
         found: list[dict[str, Any]] = self._call("GET", path, params=filters)["items"]
@@ -108,7 +107,9 @@ class ZenML:
 
     def _call(self, method: str, path: str, **given: Any) -> Any:
         try:
-            answer = self._http.request(method, path, **given)
+            answer = httpx.request(
+                method, f"{self._url}/api/v1{path}", headers=self._headers, timeout=_SECONDS, **given
+            )
         except httpx.HTTPError as error:
             raise StackError(f"ZenML at {self._url} does not answer ({type(error).__name__})") from None
         if answer.status_code in (401, 403):

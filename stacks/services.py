@@ -202,19 +202,20 @@ class Cluster:
         Raises:
             StackError: it has no such context, or nothing answers there.
         """
+        settings = client.Configuration()
         try:
-            api = config.new_client_from_config(context=place.context)
+            config.load_kube_config(context=place.context, client_configuration=settings)
         except config.ConfigException as error:
             raise StackError(
                 f"context {place.context} cannot be used: {error}; see kubectl config get-contexts"
             ) from None
-        api.configuration.retries = False
+        settings.retries = False
+        api = client.ApiClient(settings)
         try:
             client.VersionApi(api).get_code(_request_timeout=10)
         except (urllib3.exceptions.HTTPError, ApiException) as error:
             raise StackError(
-                f"the cluster of context {place.context} does not answer at {api.configuration.host} "
-                f"({type(error).__name__})"
+                f"the cluster of context {place.context} does not answer at {settings.host} ({type(error).__name__})"
             ) from None
         return cls(api, place.namespace)
 
@@ -409,12 +410,20 @@ class Cluster:
         )
 
 
-def make_secrets(cluster: Cluster, deployments: set[str], environment: Mapping[str, str] = os.environ) -> None:
-    """Make the Secrets that are missing: with random values for the services of the overlay, with those of the user's
-    environment for services that the site has already.
+def make_secrets(cluster: Cluster, deployments: set[str]) -> None:
+    """Make the Secrets that are missing.
 
     Raises:
         StackError: a variable is not set.
+    """
+    for name, make in secret_makers(deployments, os.environ).items():
+        if cluster.secret(name) is None:
+            cluster.make_secret(name, make())
+
+
+def secret_makers(deployments: set[str], environment: Mapping[str, str]) -> dict[str, Callable[[], dict[str, str]]]:
+    """What makes each Secret: random values for the services of the overlay, those of the user's environment for
+    services that the site has already, or a StackError that names the variable that is not set.
     """
 
     def mine(name: str) -> str:
@@ -474,9 +483,7 @@ def make_secrets(cluster: Cluster, deployments: set[str], environment: Mapping[s
     )
     if "grafana" in deployments:
         makers["grafana"] = lambda: {"admin-user": "admin", "admin-password": new()}
-    for name, make in makers.items():
-        if cluster.secret(name) is None:
-            cluster.make_secret(name, make())
+    return makers
 
 
 def fill(cluster: Cluster, place: Site) -> None:
