@@ -70,7 +70,8 @@ def test_libraries_of_an_image_send_nothing() -> None:
 
 def test_what_is_sent_to_the_builder_is_just_what_is_needed() -> None:
     compiled = ast.parse((DOCKER / "compile.py").read_text())
-    entries = {"flowsentry.serving.fetch", *filter(lambda name: name.startswith("flowsentry"), imported(compiled))}
+    own = {"flowsentry.serving.fetch", "flowsentry.serving.drain"}
+    entries = {*own, *filter(lambda name: name.startswith("flowsentry"), imported(compiled))}
     code = {path for entry in entries for path in bundles.modules(entry)}
     docker = {path for path in DOCKER.iterdir() if path.is_file()}
     locks = {site.ROOT / "requirements" / f"{name}.txt" for name in ("runtime", "serving", "uv")}
