@@ -385,6 +385,7 @@ def test_no_request_fails_while_champions_change(bench: Bench) -> None:
         times.append(time.monotonic())
     replay.stop()
     assert load.failures == []
+    assert not bench.admin.list("v1/events", fieldSelector="reason=FailedPreStopHook")
     assert not [said for said in bench.said if "could not" in said or "cannot be seen" in said]
     assert set(load.versions) == {"1", "2"} and min(load.versions.values()) > 100
     replay.assert_like_offline(bench.case)
