@@ -19,7 +19,7 @@ CLIENT_SECRET: Final = "flowsentry-client"
 CLIENT_KEY: Final = "zenml_api_key"
 BUCKET_URL: Final = "s3://flowsentry"
 """Of bundles and checkpoints; ZenML's artifacts are in a bucket of their own."""
-TIMEOUT_SECONDS: Final = 10
+TIMEOUT_SECONDS: Final = 20
 
 
 def connect(site: Site) -> Any:

@@ -29,7 +29,10 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
 @pytest.mark.parametrize(
     ("arguments", "expected"),
     [
-        ((), "error: one of the arguments --pipeline --status --rollback is required; see python run.py --help"),
+        (
+            (),
+            "error: one of the arguments --pipeline --status --schedules --rollback is required; see ",
+        ),
         (
             ("--pipeline", "trian"),
             "error: pipeline trian is unknown; did you mean train? Known: train, inference, replay",
@@ -41,6 +44,20 @@ def refused(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, s
             ("--pipeline", "train", "--model-version", "3"),
             "error: --model-version goes with --pipeline inference only; see python run.py --help",
         ),
+        (
+            ("--pipeline", "inference", "--schedule", "*/30 * * * *"),
+            "error: schedules are CronJobs: add --stack cluster; on this machine cron does it, for example: */30 * * *",
+        ),
+        (("--schedules",), "error: schedules are CronJobs: add --stack cluster; on this machine cron does it"),
+        (
+            ("--pipeline", "inference", "--stack", "cluster", "--schedule", "hourly"),
+            "error: --schedule should have five fields, such as '*/30 * * * *', not 'hourly'",
+        ),
+        (
+            ("--pipeline", "train", "--stack", "cluster", "--schedule", "*/30 * * * *"),
+            "error: --schedule is for pipelines that watch, not for train; see",
+        ),
+        (("--status", "--schedule", "off"), "error: --schedule goes with --pipeline only; see"),
         (("--pipeline", "train", "--stak", "x"), "error: unrecognized arguments: --stak x; see python run.py --help"),
         (("--pipeline", "train", "--data"), "error: argument --data: expected at least one argument;"),
         (("--pipeline", "train", "--data", "simulate", "a.csv"), "error: --data should be either simulate or a list"),
@@ -103,6 +120,7 @@ def test_help_names_every_option_and_pipeline(tmp_path: Path) -> None:
     done = start(tmp_path, "--help")
     assert done.returncode == 0
     options = ("--stack", "--config", "--data", "--no-cache", "--model-version", "--status", "--rollback")
+    options += ("--schedule", "--schedules")
     for word in ("--pipeline", *options, *run.PIPELINES):
         assert word in done.stdout
 
@@ -111,7 +129,19 @@ def test_help_names_every_option_and_pipeline(tmp_path: Path) -> None:
 def test_an_unknown_stack_is_an_error_and_no_other_stack_is_taken(tmp_path: Path) -> None:
     done = start(tmp_path, "--pipeline", "train", "--stack", "clutser")
     assert done.returncode == 1
-    assert done.stderr.splitlines() == ["error: stack clutser is unknown; Known: local"]
+    assert done.stderr.splitlines() == ["error: stack clutser is unknown; did you mean cluster? Known: cluster, local"]
+
+
+@pytest.mark.slow
+def test_a_cluster_that_is_not_there_is_one_line_and_no_other_stack_is_taken(tmp_path: Path) -> None:
+    site = {"CONTEXT": "nowhere", "HOST": "127.0.0.1", "REGISTRY": "127.0.0.1:1", "TAG": "1"}
+    given = {f"FLOWSENTRY_SITE_{key}": value for key, value in site.items()}
+    done = start(tmp_path, "--pipeline", "train", "--stack", "cluster", **given)
+    assert done.returncode == 1
+    (line,) = done.stderr.splitlines()
+    assert line.startswith("error: context nowhere: ")
+    assert "set KUBECONFIG" in line
+    assert not (tmp_path / "zenml").exists(), "ZenML was not even asked"
 
 
 @pytest.mark.slow

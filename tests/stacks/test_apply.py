@@ -128,3 +128,59 @@ def test_another_flavor_under_the_same_name_is_refused(tmp_path: Path) -> None:
     assert "exists with flavor local, not local_docker" in refusal(
         changed(tmp_path, "flavor: local\n      type: orchestrator", "flavor: local_docker\n      type: orchestrator")
     )
+
+
+CLUSTER = stacks.FOLDER / "cluster.yaml"
+SITE = {
+    "CONTEXT": "of-the-test",
+    "NAMESPACE": "ns",
+    "HOST": "192.0.2.1",
+    "REGISTRY": "registry.example.org/team",
+    "TAG": "1",
+}
+
+
+@pytest.fixture
+def a_site(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("stacks.site.FILE", tmp_path / "none.yaml")
+    for name in [name for name in os.environ if name.startswith("FLOWSENTRY_SITE")]:
+        monkeypatch.delenv(name)
+    for key, value in SITE.items():
+        monkeypatch.setenv(f"FLOWSENTRY_SITE_{key}", value)
+
+
+@pytest.mark.usefixtures("a_site")
+def test_values_of_the_site_are_filled_in_and_secrets_stay_names() -> None:
+    file = stacks._filled(CLUSTER, load(CLUSTER, stacks.StackFile))
+    settings = {kind: listed[0].configuration for kind, listed in file.components.items()}
+    assert settings["orchestrator"]["kubernetes_context"] == "of-the-test"
+    assert settings["orchestrator"]["kubernetes_namespace"] == "ns"
+    assert settings["artifact_store"]["client_kwargs"]["endpoint_url"] == "http://192.0.2.1:30070"
+    assert settings["container_registry"]["uri"] == "registry.example.org/team"
+    assert settings["experiment_tracker"]["tracking_uri"] == "http://192.0.2.1:30050"
+    assert settings["experiment_tracker"]["tracking_password"] == "{{flowsentry-mlflow.password}}"
+    assert "${" not in str(settings)
+
+
+@pytest.mark.usefixtures("a_site")
+def test_every_setting_of_the_cluster_stack_is_known_to_zenml() -> None:
+    file = stacks._filled(CLUSTER, load(CLUSTER, stacks.StackFile))
+    Client().create_secret("flowsentry-mlflow", {"username": "a", "password": "b"})
+    try:
+        for listed in file.components.values():
+            for component in listed:
+                stacks._check_settings(Client(), CLUSTER, component)
+    finally:
+        Client().delete_secret("flowsentry-mlflow")
+
+
+@pytest.mark.usefixtures("a_site")
+def test_a_placeholder_that_no_site_has_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "stack.yaml"
+    path.write_text(CLUSTER.read_text().replace("${s3_url}", "${s3_uri}"))
+    assert "${s3_uri} is no key of a site; known: context, namespace" in refusal(path)
+
+
+def test_the_local_stack_needs_no_site(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLOWSENTRY_SITE", "/nowhere/site.yaml")
+    assert stacks.apply(LOCAL)
