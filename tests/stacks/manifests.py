@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -92,3 +93,81 @@ def write_overlay(folder: Path) -> Path:
 
 
 EMPTY = {"name": "data", "emptyDir": {}}
+
+
+def alert_tests(rules: str) -> str:
+    """What promtool is to find out about the alerts: which fire when, and that a quiet day has none.
+
+    `rules` is the path of their file.
+    """
+    up = 'up{job="serving", role="champion", pod="a"}'
+    ready = 'up{job="serving-ready", role="champion", pod="a"}'
+    flows = 'flowsentry_flows_total{role="champion"}'
+    benign, malicious = (f'flowsentry_verdicts_total{{role="champion", label="{x}"}}' for x in ("benign", "malicious"))
+    requests = 'flowsentry_requests_total{role="champion", status="%s"}'
+    bucket = 'flowsentry_request_seconds_bucket{role="champion", le="%s"}'
+    quiet = {
+        up: "1x2000",
+        ready: "1x2000",
+        flows: "0+600x2000",
+        benign: "0+597x2000",
+        malicious: "0+3x2000",
+        requests % "200": "0+60x2000",
+        bucket % "0.05": "0+59.9x2000",
+        bucket % "1.0": "0+60x2000",
+        bucket % "+Inf": "0+60x2000",
+    }
+    # what differs from a quiet day, the minute to look, and what fires then
+    cases: list[tuple[dict[str, str], int, list[str]]] = [
+        ({}, 1900, []),
+        ({malicious: "0+3x1500 4500+6x500"}, 1520, []),
+        ({up: "1x100 0x500"}, 110, ["ChampionDown", "ChampionGone"]),
+        ({up: "1x100 _x500", ready: "1x100 _x500", flows: "0+600x100 _x500"}, 110, ["ChampionGone"]),
+        ({up: "1x100 _x500", ready: "1x100 _x500", flows: "0+600x100 _x500"}, 200, []),
+        ({ready: "1x100 0x500"}, 110, ["ServiceNotReady"]),
+        ({flows: "0+600x100 60000x500"}, 140, ["ChampionWithoutTraffic"]),
+        ({malicious: "0+3x1500 4500+200x500"}, 1530, ["AlarmRateJumped"]),
+        ({bucket % "0.05": "0+59x2000"}, 100, ["SlowVerdicts"]),
+        ({requests % "503": "0+0x100 0+6x500"}, 120, ["RequestsFail"]),
+        ({'flowsentry_rejected_flows_total{role="champion", reason="x"}': "0+60x2000"}, 100, ["FlowsRejected"]),
+        ({'flowsentry_checkpoint_failures_total{role="champion", pod="a"}': "0+1x2000"}, 100, ["CheckpointsFail"]),
+        (
+            {'kube_deployment_status_replicas_available{deployment="zenml"}': "1x100 0x500"},
+            110,
+            ["ClusterServiceDown"],
+        ),
+        (
+            {'kube_job_status_failed{job="kubernetes", job_name="b"}': "1x2000"},
+            100,
+            ["RunFailed"],
+        ),
+        (
+            {
+                'kube_job_status_failed{job="kubernetes", job_name="b"}': "1x2000",
+                'kube_job_status_succeeded{job="kubernetes", job_name="b"}': "1x2000",
+            },
+            100,
+            [],
+        ),
+        (
+            {'kube_pod_container_status_terminated_reason{pod="b", container="main", reason="OOMKilled"}': "1x2000"},
+            100,
+            ["OutOfMemory"],
+        ),
+    ]
+    tests = [
+        {
+            "name": f"{minute} {fires}",
+            "interval": "1m",
+            "input_series": [{"series": name, "values": values} for name, values in (quiet | changed).items()],
+            "promql_expr_test": [
+                {
+                    "expr": 'count by (alertname) (ALERTS{alertstate="firing"})',
+                    "eval_time": f"{minute}m",
+                    "exp_samples": [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in fires],
+                }
+            ],
+        }
+        for changed, minute, fires in cases
+    ]
+    return json.dumps({"rule_files": [rules], "evaluation_interval": "1m", "tests": tests})

@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from flowsentry.serving.metrics import Metrics
 from flowsentry.serving.streams import Counters
 from stacks import services
-from tests.stacks.manifests import KUBERNETES, OVERLAYS, Document, documents
+from tests.stacks.manifests import KUBERNETES, OVERLAYS, Document, alert_tests, documents
 
 EVERYTHING = [(overlay, document) for overlay in OVERLAYS for document in documents(overlay)]
 OBJECTS = [
@@ -478,9 +478,11 @@ def test_promtool_accepts_configuration_rules_and_expressions(tmp_path: Path) ->
     asked = [expr.replace("$role", ".+").replace("$__rate_interval", "5m") for expr in asked]
     rules = [{"record": f"asked:{number}", "expr": expr} for number, expr in enumerate(asked)]
     (tmp_path / "asked.yml").write_text(yaml.safe_dump({"groups": [{"name": "asked", "rules": rules}]}), "utf-8")
+    (tmp_path / "fires.yml").write_text(alert_tests(str(folder / "alerts.yml")), "utf-8")
     for command in (
         ["check", "rules", folder / "alerts.yml", tmp_path / "asked.yml"],
         ["check", "config", "--syntax-only", folder / "prometheus.yml"],
+        ["test", "rules", tmp_path / "fires.yml"],
     ):
         done = subprocess.run([promtool, *command], capture_output=True, text=True, check=False)
         assert done.returncode == 0, done.stdout + done.stderr

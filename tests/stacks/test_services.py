@@ -28,7 +28,7 @@ from flowsentry.errors import StackError
 from stacks import bootstrap, services
 from stacks.site import Site
 from tests.conftest import Cluster
-from tests.stacks.manifests import Document, documents, write_overlay
+from tests.stacks.manifests import Document, alert_tests, documents, write_overlay
 
 ROOT = Path(__file__).parents[2]
 HERE = "http://192.0.2.1"
@@ -518,6 +518,22 @@ def test_prometheus_reads_the_champion_and_knows_the_alerts(installed: Installed
     assert rules.keys() >= {"ChampionDown", "AlarmRateJumped", "ChampionWithoutTraffic"}
     assert {rule["health"] for rule in rules.values()} <= {"ok", "unknown"}
     core.delete_namespaced_pod("champion", installed.namespace, grace_period_seconds=0)
+
+
+@pytest.mark.cluster
+@pytest.mark.slow
+def test_alerts_fire_when_they_should(installed: Installed) -> None:
+    context = installed.environment["FLOWSENTRY_SITE_CONTEXT"]
+    command = "cat >/prometheus/fires.yml && promtool test rules /prometheus/fires.yml"
+    done = subprocess.run(
+        ["kubectl", "--context", context, "-n", installed.namespace]
+        + ["exec", "-i", "deployment/prometheus", "--", "sh", "-c", command],
+        input=alert_tests("/etc/prometheus/alerts.yml"),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
 
 
 @pytest.mark.cluster
