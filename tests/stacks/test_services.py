@@ -526,8 +526,10 @@ def test_alerts_fire_when_they_should(installed: Installed) -> None:
     context = installed.environment["FLOWSENTRY_SITE_CONTEXT"]
     command = "cat >/prometheus/fires.yml && promtool test rules /prometheus/fires.yml"
     done = subprocess.run(
-        ["kubectl", "--context", context, "-n", installed.namespace]
-        + ["exec", "-i", "deployment/prometheus", "--", "sh", "-c", command],
+        [
+            *("kubectl", "--context", context, "-n", installed.namespace),
+            *("exec", "-i", "deployment/prometheus", "--", "sh", "-c", command),
+        ],
         input=alert_tests("/etc/prometheus/alerts.yml"),
         capture_output=True,
         text=True,
