@@ -524,7 +524,7 @@ def test_prometheus_reads_the_champion_and_knows_the_alerts(installed: Installed
 @pytest.mark.slow
 def test_alerts_fire_when_they_should(installed: Installed) -> None:
     context = installed.environment["FLOWSENTRY_SITE_CONTEXT"]
-    command = "cat >/prometheus/fires.yml && promtool test rules /prometheus/fires.yml"
+    command = "cat >/prometheus/fires.yml && TMPDIR=/prometheus promtool test rules /prometheus/fires.yml"
     done = subprocess.run(
         [
             *("kubectl", "--context", context, "-n", installed.namespace),
