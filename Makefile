@@ -47,6 +47,8 @@ test: check ## Check the code, then run all tests
 
 .PHONY: test-cluster
 test-cluster: setup ## Run the tests that need a Kubernetes: KUBECONFIG, TEST_REGISTRY, TEST_HOST
+	@test -n "$$KUBECONFIG" -a -n "$$TEST_REGISTRY" -a -n "$$TEST_HOST" || { echo "error: KUBECONFIG, TEST_REGISTRY and TEST_HOST have to be set" >&2; exit 1; }
+	@FLOWSENTRY_SITE_CONTEXT=test FLOWSENTRY_SITE_HOST="$$TEST_HOST" FLOWSENTRY_SITE_REGISTRY="$$TEST_REGISTRY" $(RUN) -m stacks.images
 	@$(RUN) -m pytest -q -m cluster
 
 .PHONY: check

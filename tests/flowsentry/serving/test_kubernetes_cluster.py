@@ -119,7 +119,7 @@ def bench(small: Small, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Be
     if missing:
         pytest.skip(f"needs a Kubernetes: {', '.join(missing)} not set")
     folder = tmp_path_factory.mktemp("cluster")
-    admin = Api(f"k4-{os.urandom(4).hex()}", None)
+    admin = Api(f"flowsentry-serving-{os.urandom(4).hex()}", None)
     make_namespace(admin)
     try:
         for document in yaml.safe_load_all(ACCOUNTS.read_text()):
