@@ -22,8 +22,8 @@ from flowsentry.errors import ConfigError, FlowSentryError, StackError
 from flowsentry.flows import sources
 
 if TYPE_CHECKING:
-    from pipelines.submit import Place
     from pipelines.summary import RunSummary
+    from stacks.place import ClusterPlace
 
 ROOT: Final = Path(__file__).resolve().parent
 CRON: Final = re.compile(r"[0-9A-Za-z*/,?-]+( +[0-9A-Za-z*/,?-]+){4}")
@@ -163,7 +163,7 @@ def _check(asked: argparse.Namespace) -> None:
         )
     if asked.schedule and asked.schedule != "off" and not CRON.fullmatch(asked.schedule):
         raise ConfigError(f"--schedule should have five fields, such as '*/30 * * * *', not {asked.schedule!r}")
-    if asked.schedule and asked.pipeline == "train":
+    if asked.schedule and asked.schedule != "off" and asked.pipeline == "train":
         raise ConfigError("--schedule is for pipelines that watch, not for train; see python run.py --help")
 
 
@@ -194,7 +194,7 @@ def _check_writable(folder: Path) -> None:
         raise ConfigError(f"{str(folder)!r}: reports cannot be written there: {error}") from None
 
 
-def _activate(stack: str, *, runs: bool = True) -> Place | None:
+def _activate(stack: str, *, runs: bool = True) -> ClusterPlace | None:
     """Put a stack to use; gives the place where its pipelines run if that is not this process.
 
     Args:
@@ -224,7 +224,7 @@ def _activate(stack: str, *, runs: bool = True) -> Place | None:
 
 def _run(pipeline: Pipeline, config: PipelineConfig, asked: argparse.Namespace) -> RunSummary | None:
     place = _activate(asked.stack)
-    if asked.schedule:
+    if asked.schedule and place:
         from stacks import schedules
 
         place = schedules.place(place, asked.pipeline, asked.schedule)
@@ -237,11 +237,11 @@ def _run(pipeline: Pipeline, config: PipelineConfig, asked: argparse.Namespace) 
 def _schedules(asked: argparse.Namespace) -> int:
     if asked.pipeline:
         _pipeline(asked.pipeline)
-    _activate(asked.stack, runs=False)
+    place = _activate(asked.stack, runs=False)
     from stacks import schedules
 
-    if asked.pipeline:
-        removed = schedules.remove(asked.pipeline)
+    if asked.pipeline and place:
+        removed = schedules.remove(place, asked.pipeline)
         print(f"{asked.pipeline} {'is off its schedule' if removed else 'was on no schedule'}")
     else:
         print(schedules.told())

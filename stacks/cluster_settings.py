@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from zenml.config import DockerSettings
+from zenml.config.cache_policy import CachePolicy
 from zenml.config.retry_config import StepRetryConfig
 from zenml.config.schedule import Schedule
 from zenml.integrations.kubernetes.flavors import KubernetesOrchestratorSettings
@@ -18,6 +19,7 @@ from zenml.pipelines.pipeline_definition import Pipeline
 from flowsentry import telemetry
 from stacks.cluster import deployer_environment
 from stacks.site import Site
+from steps.code_digest import code_digest
 
 MAX_PARALLELISM: Final = 4
 """Step pods of one run at a time; the scheduler makes them wait if they do not fit."""
@@ -91,6 +93,10 @@ def configured(pipeline: Pipeline, site: Site, schedule: Schedule | None = None)
             "orchestrator": run_settings(site),
         },
         retry=StepRetryConfig(max_retries=MAX_RETRIES),
+        # The orchestrator's pod, which looks into the cache before it starts a step's, has no code that it could ask:
+        # what results depend on is an environment variable, as these are part of ZenML's key.
+        cache_policy=CachePolicy(cache_func=None),
+        environment={"FLOWSENTRY_CODE": f"{code_digest()} {site.tag}"},
     )
 
 

@@ -14,6 +14,7 @@ from flowsentry.config import TrainConfig
 from pipelines.train import train
 from stacks import cluster_settings, preflight
 from stacks.site import Site
+from steps.code_digest import code_digest
 
 SITE = Site("c", "ns", "h", "r:1", "1", "http://h:1", "http://h:2", "http://h:3", "http://h:4")
 STEPS = [*cluster_settings._REQUESTS, "select"]
@@ -101,6 +102,9 @@ def test_a_pipeline_gets_its_settings_from_outside_and_every_step_its_own() -> N
     assert retry is not None and retry.max_retries == cluster_settings.MAX_RETRIES
     docker = configured.configuration.settings["docker"].model_dump()
     assert (docker["parent_image"], docker["skip_build"]) == (SITE.pipeline_image, True)
+    policy = configured.configuration.cache_policy
+    assert policy is not None and policy.cache_func is None, "the orchestrator's pod has no code to ask"
+    assert code_digest() in configured.configuration.environment["FLOWSENTRY_CODE"]
     assert train.configuration.settings == {}, "the pipeline itself stays what it is"
 
 
