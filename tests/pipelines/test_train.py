@@ -118,7 +118,7 @@ def start(folder: Path, config: str, *arguments: str) -> Ran:
 
 @pytest.fixture(scope="module")
 def first(folder: Path) -> Ran:
-    return start(folder, SMALL + EASY)
+    return start(folder, SMALL + EASY, "--no-cache")  # other modules run the same in this ZenML
 
 
 def test_a_run_goes_through_all_steps_and_says_what_it_selected(first: Ran) -> None:
@@ -321,7 +321,7 @@ def test_other_code_runs_everything_again_and_its_model_takes_the_stage(
 
 def test_files_of_the_published_layout_run_with_the_view_of_the_study(folder: Path) -> None:
     write(simulate(SimulationSettings(minutes=60, scale=0.1, episodes=1)), folder / "mine.csv.gz")
-    config = "view: paper\nlabels: published\nfamilies: [decision_tree]\nsplits: {rotations: 1}\n"
+    config = "deploy: false\nview: paper\nlabels: published\nfamilies: [decision_tree]\nsplits: {rotations: 1}\n"
     ran = start(folder, config + "search: {folds: 2, metric: accuracy}\n" + EASY, "--data", "mine.csv.gz")
     assert ran.status == 0, ran.err
     detector = ran.load("select", "detector")
