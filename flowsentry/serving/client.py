@@ -33,6 +33,9 @@ WIRE_COLUMNS: Final = (
 """What a flow has on the wire."""
 
 _MAX_ANSWER_BYTES: Final = 1 << 29
+_IDLE_SECONDS: Final = 2.0
+"""A connection that was idle for longer is not used again: servers close it, uvicorn after 5 s, and a request that
+meets the end of a connection may have been taken or not."""
 _FIRST_PAUSE_SECONDS: Final = 0.05
 _LONGEST_PAUSE_SECONDS: Final = 1.0
 _PASSING: Final = {408, 423, 502, 503, 504}
@@ -104,6 +107,7 @@ class Client:
         self._timeout = timeout
         self._patience = patience
         self._connection: http.client.HTTPConnection | None = None
+        self._used = 0.0
 
     def __enter__(self) -> Client:
         return self
@@ -205,11 +209,14 @@ class Client:
         """Send until there is an answer that stays; `is_safe`: sending twice does no harm."""
         deadline = time.monotonic() + self._patience
         pause = _FIRST_PAUSE_SECONDS
+        if time.monotonic() - self._used > _IDLE_SECONDS:
+            self.close()
         while True:
             wait, failure = pause, ""
             is_new = self._connection is None
             try:
                 answer = self._once(method, path, body, headers or {})
+                self._used = time.monotonic()
                 if answer.status not in (_PASSING if is_safe else _NOT_TAKEN):
                     return answer
                 failure = f"answers {answer.status}"

@@ -573,3 +573,33 @@ def test_whatever_happens_every_flow_gets_its_offline_verdict_once(
             max_examples=25, stateful_step_count=20, deadline=None, suppress_health_check=list(HealthCheck)
         ),
     )
+
+
+def test_a_connection_that_was_idle_is_not_trusted(monkeypatch: pytest.MonkeyPatch) -> None:
+    accepted = []
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def do_GET(self) -> None:
+            accepted.append(self.client_address)
+            self.send_response(200)
+            self.send_header("Content-Length", "2")
+            self.end_headers()
+            self.wfile.write(b"{}")
+
+        def log_message(self, format: str, *args: object) -> None:
+            """Nothing."""
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        with Client(f"http://127.0.0.1:{server.server_address[1]}") as client:
+            client.model()
+            client.model()
+            monkeypatch.setattr("flowsentry.serving.client._IDLE_SECONDS", -1.0)
+            client.model()
+    finally:
+        server.shutdown()
+        server.server_close()
+    assert accepted[0] == accepted[1] != accepted[2]
