@@ -7,6 +7,7 @@ Everything can be done again: what is there and right stays as it is.
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -29,6 +30,8 @@ SERVING: Final = "flowsentry"
 """Bucket of bundles and checkpoints."""
 ACCOUNT: Final = "flowsentry"
 """ZenML's service account of the stack, and its API key."""
+PATIENCE_SECONDS = 15.0
+"""Longest wait for a connection to be accepted: a pod that is ready is behind its node port a moment later."""
 _SECONDS: Final = 30.0
 
 
@@ -106,12 +109,17 @@ class ZenML:
         return made
 
     def _call(self, method: str, path: str, **given: Any) -> Any:
-        try:
-            answer = httpx.request(
-                method, f"{self._url}/api/v1{path}", headers=self._headers, timeout=_SECONDS, **given
-            )
-        except httpx.HTTPError as error:
-            raise StackError(f"ZenML at {self._url} does not answer ({type(error).__name__})") from None
+        until = time.monotonic() + PATIENCE_SECONDS
+        while True:
+            try:
+                answer = httpx.request(
+                    method, f"{self._url}/api/v1{path}", headers=self._headers, timeout=_SECONDS, **given
+                )
+                break
+            except httpx.HTTPError as error:
+                if not isinstance(error, httpx.ConnectError) or time.monotonic() > until:
+                    raise StackError(f"ZenML at {self._url} does not answer ({type(error).__name__})") from None
+                time.sleep(0.5)
         if answer.status_code in (401, 403):
             raise _Refused(f"ZenML at {self._url} refuses {method} {path} ({answer.status_code})")
         if answer.is_error:

@@ -166,7 +166,8 @@ def test_without_a_tool_that_builds_the_manifests_it_says_which(
         services.render("quickstart")
 
 
-def test_services_that_do_not_answer_are_named() -> None:
+def test_services_that_do_not_answer_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bootstrap, "PATIENCE_SECONDS", 0.0)
     with socket.socket() as busy:
         busy.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{busy.getsockname()[1]}"
