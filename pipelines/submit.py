@@ -8,7 +8,7 @@ from zenml.models import PipelineRunResponse
 from zenml.pipelines.pipeline_definition import Pipeline
 
 from flowsentry.config import PipelineConfig
-from flowsentry.errors import FlowSentryError
+from flowsentry.errors import FlowSentryError, StackError
 from pipelines.summary import RunSummary, run_name, summarise
 
 
@@ -43,7 +43,8 @@ def submit(
         run but put on a schedule.
 
     Raises:
-        FlowSentryError: it could not begin, or its pages cannot be written.
+        StackError: ZenML began no run.
+        FlowSentryError: it could not begin otherwise, or its pages cannot be written.
     """
     name = run_name(pipeline.name)
     prepared = pipeline.with_options(run_name=name, enable_cache=cache)
@@ -52,10 +53,12 @@ def submit(
         prepared = place.adapt(prepared)
     try:
         begun = prepared(**parameters)
-        if place:
-            if place.scheduled or begun is None:
-                return None
+        if place and begun and not place.scheduled:
             place.follow(begun)
     except FlowSentryError as error:
         return summarise(name, config.reports, error)
+    if place and place.scheduled:
+        return None
+    if begun is None:
+        raise StackError(f"ZenML began no run {name}; its log says why")
     return summarise(name, config.reports)

@@ -18,6 +18,7 @@ from zenml.io import fileio
 from zenml.utils import io_utils
 
 from flowsentry.config import PipelineConfig
+from flowsentry.errors import SourceError
 from flowsentry.flows import sources
 
 FOLDER: Final = "flows"
@@ -31,7 +32,7 @@ def shared(config: PipelineConfig) -> tuple[list[str], dict[str, str]]:
         file.
 
     Raises:
-        SourceError: a file is missing or of no known layout.
+        SourceError: a file is missing, of no known layout, or changed meanwhile.
     """
     if config.simulated:
         return [], {}
@@ -43,12 +44,12 @@ def shared(config: PipelineConfig) -> tuple[list[str], dict[str, str]]:
 
 
 def _upload(entry: str, store: str) -> str:
-    """A copy of a recording, and what to call it in step load."""
+    """Where step load finds a copy of a recording."""
     [(recording, files)] = sources.recordings([entry])
+    contents = {file: _digest(file) for file in files}
     digest = hashlib.sha256()
-    for file in files:
-        with file.open("rb") as content:
-            digest.update(f"{file.name}\0{hashlib.file_digest(content, 'sha256').hexdigest()}\0".encode())
+    for file, content in contents.items():
+        digest.update(f"{file.name}\0{content}\0".encode())
     folder = f"{store}/{FOLDER}/{digest.hexdigest()}"
     single = Path(entry).is_file()
     place = f"{folder}/{files[0].name}" if single else f"{folder}/{recording}"
@@ -58,7 +59,15 @@ def _upload(entry: str, store: str) -> str:
             fileio.makedirs(target.rpartition("/")[0])
             print(f"uploading {file} for the steps to read", flush=True)
             fileio.copy(str(file), target)
+            if _digest(file) != contents[file]:  # otherwise it would stand for the earlier content for ever
+                fileio.remove(target)
+                raise SourceError(f"{file} changed while it was uploaded; run it again")
     return place
+
+
+def _digest(file: Path) -> str:
+    with file.open("rb") as content:
+        return hashlib.file_digest(content, "sha256").hexdigest()
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
+from flowsentry.errors import SourceError
 from flowsentry.flows import sources
 from steps import uploads
 
@@ -54,3 +55,22 @@ def test_the_same_content_is_uploaded_once_and_other_content_elsewhere(
 def test_what_is_on_this_machine_is_read_in_place() -> None:
     with uploads.at_hand(["one.csv", "may/*.csv"]) as files:
         assert files == ["one.csv", "may/*.csv"]
+
+
+def test_a_file_that_changes_while_it_is_uploaded_leaves_nothing_behind(
+    flows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = uploads.fileio.copy
+
+    def late(source: str, target: str) -> None:
+        Path(source).write_text(HEADER + ROW.format("later"))
+        copy(source, target)
+
+    before = (flows / "one.csv").read_bytes()
+    with monkeypatch.context() as patch:
+        patch.setattr(uploads.fileio, "copy", late)
+        with pytest.raises(SourceError, match=r"one\.csv changed while it was uploaded; run it again"):
+            uploads._upload("one.csv", str(tmp_path / "store"))
+    (flows / "one.csv").write_bytes(before)
+    place = uploads._upload("one.csv", str(tmp_path / "store"))
+    assert Path(place).read_bytes() == before
